@@ -1,0 +1,95 @@
+"""The worker's configuration: frozen, composed, every "auto" resolved once by building a new object."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+QuantFormat = Literal["none", "wint8", "wint4", "wint2"]
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationConfig:
+    """Which weights are stored how, read from config.json's `quantization_config`.
+
+    MoE layers up to and including `wint4_end_layer` hold WINT4 experts, the later ones WINT2;
+    None means that no experts are quantized that way.
+    """
+
+    dense: QuantFormat = "none"
+    experts_low: QuantFormat = "none"  # layers <= wint4_end_layer
+    experts_high: QuantFormat = "none"  # layers above
+    wint4_end_layer: int = -1
+    group_size: int = 64
+
+    def expert_format(self, layer: int) -> QuantFormat:
+        return self.experts_low if layer <= self.wint4_end_layer else self.experts_high
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """An ERNIE-4.5-MoE-shaped decoder, in the words of Hugging Face's Ernie4_5_MoeConfig."""
+
+    path: Path
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    compression_ratio: float
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    num_experts: int
+    num_experts_per_token: int
+    moe_intermediate_size: int
+    num_shared_experts: int
+    moe_layer_start_index: int
+    moe_layer_end_index: int
+    moe_layer_interval: int
+    norm_min: float
+    eos_token_ids: tuple[int, ...]
+    quantization: QuantizationConfig
+
+    def is_moe_layer(self, layer: int) -> bool:
+        in_range = self.moe_layer_start_index <= layer <= self.moe_layer_end_index
+        return in_range and (layer + 1) % self.moe_layer_interval == 0
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """The paged KV cache."""
+
+    block_size: int = 64
+    num_blocks: int = 0
+    enable_prefix_caching: bool = True
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits of one step."""
+
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    max_model_len: int = 32768
+    enable_chunked_prefill: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything an engine is built from."""
+
+    model: ModelConfig
+    cache: CacheConfig
+    scheduler: SchedulerConfig
+    device: torch.device
+    dtype: torch.dtype
+    use_cudagraph: bool = True
