@@ -1,0 +1,37 @@
+"""The paged KV cache's memory: one key and one value tensor a layer, cut into blocks of `block_size` tokens."""
+
+from __future__ import annotations
+
+import torch
+
+
+class KVCache:
+    """Keys and values of every layer, each [B, P, G, C]: B blocks, P slots in a block, G KV heads, head dim C."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_blocks: int,
+        block_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        shape = (2, num_blocks, block_size, num_kv_heads, head_dim)
+        # Zeros, not empty: a stray NaN in a slot that attention masks would still poison 0 * NaN.
+        self._storage = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        self.layers: list[tuple[torch.Tensor, torch.Tensor]] = [(kv[0], kv[1]) for kv in self._storage]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(kv.nbytes for kv in self._storage)
+
+    @staticmethod
+    def block_bytes(
+        num_layers: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> int:
+        """Bytes that one block takes over all layers."""
+        return 2 * num_layers * block_size * num_kv_heads * head_dim * dtype.itemsize
