@@ -1,22 +1,22 @@
 """The errors of the services, and their one mapping to gRPC status with details and back.
 
-    ServiceError
-      x InvalidArgumentError      400  the request is wrong; `field` and `limit` say where
-          + ContextLengthError    400  prompt and completion do not fit the model's context
-      x UnauthenticatedError      401
-      x PermissionDeniedError     403
-      x NotFoundError             404  no such model, method or request
-      x OverloadedError           429  a queue or a rate limit is full; `retry_after_seconds` says when to come back
-      x CancelledError            499  the caller went away
-      x InternalError             500  ours; the message carries no internals
-      x UnimplementedError        501  known, and not offered by this server
-      x UnavailableError          503  loading, draining, or no worker; `retry_after_seconds`
-      x DeadlineError             504  the caller's time is up
+ServiceError
+  x InvalidArgumentError      400  the request is wrong; `field` and `limit` say where
+      + ContextLengthError    400  prompt and completion do not fit the model's context
+  x UnauthenticatedError      401
+  x PermissionDeniedError     403
+  x NotFoundError             404  no such model, method or request
+  x OverloadedError           429  a queue or a rate limit is full; `retry_after_seconds` says when to come back
+  x CancelledError            499  the caller went away
+  x InternalError             500  ours; the message carries no internals
+  x UnimplementedError        501  known, and not offered by this server
+  x UnavailableError          503  loading, draining, or no worker; `retry_after_seconds`
+  x DeadlineError             504  the caller's time is up
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import grpc
 from google.protobuf import any_pb2, duration_pb2
@@ -25,6 +25,14 @@ from grpc_status import rpc_status
 
 DOMAIN = "wint2"
 MAX_MESSAGE_CHARS = 2000  # a message may quote the request; it never carries megabytes of it back
+
+
+class StartupError(Exception):
+    """The service cannot start as it was asked to: wrong input, said in one line."""
+
+
+class FatalError(Exception):
+    """The service cannot go on, through no fault of its input: the reason, in one line."""
 
 
 class ServiceError(Exception):
@@ -55,10 +63,14 @@ class ServiceError(Exception):
 
     def to_status(self) -> status_pb2.Status:
         """This error as google.rpc.Status: ErrorInfo always, BadRequest and RetryInfo where they apply."""
-        details: list[error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RetryInfo]
+        details: list[
+            error_details_pb2.ErrorInfo | error_details_pb2.BadRequest | error_details_pb2.RetryInfo
+        ]
         details = [error_details_pb2.ErrorInfo(reason=self.reason, domain=DOMAIN, metadata=self.metadata)]
         if self.field is not None:
-            violation = error_details_pb2.BadRequest.FieldViolation(field=self.field, description=self.message)
+            violation = error_details_pb2.BadRequest.FieldViolation(
+                field=self.field, description=self.message
+            )
             details.append(error_details_pb2.BadRequest(field_violations=[violation]))
         if self.retry_after_seconds is not None:
             delay = duration_pb2.Duration()
@@ -145,10 +157,10 @@ BY_CODE: dict[grpc.StatusCode, type[ServiceError]] = {
 
 def from_rpc_error(error: grpc.RpcError) -> ServiceError:
     """The error another service answered with, as this side's exception; unknown codes become InternalError."""
-    if not isinstance(error, grpc.Call):
+    if not isinstance(error, (grpc.Call, grpc.aio.AioRpcError)):
         return UnavailableError(str(error))
     kind = BY_CODE.get(error.code(), InternalError)
-    status = rpc_status.from_call(error)
+    status = rpc_status.from_call(cast(grpc.Call, error))  # an AioRpcError has the methods, not the type
     if status is None:
         return kind(error.details() or error.code().name)
     return from_status(status)
@@ -178,5 +190,3 @@ def from_status(status: status_pb2.Status) -> ServiceError:
         metadata=dict(info.metadata),
         retry_after_seconds=retry.retry_delay.ToNanoseconds() / 1e9 if "RetryInfo" in found else None,
     )
-
-
