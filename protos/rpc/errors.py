@@ -6,7 +6,7 @@ ServiceError
   x UnauthenticatedError      401
   x PermissionDeniedError     403
   x NotFoundError             404  no such model, method or request
-  x OverloadedError           429  a queue or a rate limit is full; `retry_after_seconds` says when to come back
+  x OverloadedError           429  a queue or rate limit is full; `retry_after_seconds` says when to come back
   x CancelledError            499  the caller went away
   x InternalError             500  ours; the message carries no internals
   x UnimplementedError        501  known, and not offered by this server
@@ -38,8 +38,8 @@ class FatalError(Exception):
 class ServiceError(Exception):
     """An answer that is not a result: what went wrong, in words for the caller.
 
-    `field` is the dotted path of the offending request field, `reason` a stable UPPER_SNAKE word for programs,
-    `metadata` the numbers behind the message.
+    `field` is the dotted path of the offending request field, `reason` a stable UPPER_SNAKE word for
+    programs, `metadata` the numbers behind the message.
     """
 
     code: ClassVar[grpc.StatusCode] = grpc.StatusCode.INTERNAL
@@ -156,7 +156,7 @@ BY_CODE: dict[grpc.StatusCode, type[ServiceError]] = {
 
 
 def from_rpc_error(error: grpc.RpcError) -> ServiceError:
-    """The error another service answered with, as this side's exception; unknown codes become InternalError."""
+    """The error another service answered with, as this side's exception; other codes become InternalError."""
     if not isinstance(error, (grpc.Call, grpc.aio.AioRpcError)):
         return UnavailableError(str(error))
     kind = BY_CODE.get(error.code(), InternalError)

@@ -1,0 +1,157 @@
+"""The one wrapper around every RPC: request id, error mapping, access line, count of calls in flight."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager, suppress
+from typing import Any, TypeAlias
+
+import grpc
+
+from protos.rpc.errors import InternalError, ServiceError, UnavailableError
+from protos.rpc.telemetry import REQUEST_ID_KEY, bind_request_id, request_id_from
+
+logger = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
+Behavior = Callable[[Any, Context], Any]
+
+# Health, reflection and the like answer whatever the state of the service is.
+INFRASTRUCTURE = ("/grpc.health.", "/grpc.reflection.", "/grpc.channelz.")
+DETAILS_KEY = "grpc-status-details-bin"
+DRAINING = UnavailableError(
+    "the server is draining and takes no new requests", reason="DRAINING", retry_after_seconds=1.0
+)
+
+
+class CallsInFlight:
+    """Counts calls; knows when there are none, and refuses new ones once closed."""
+
+    def __init__(self) -> None:
+        self.num_calls = 0
+        self.is_closed = False
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    def enter(self) -> None:
+        if self.is_closed:
+            raise DRAINING
+        self.num_calls += 1
+        self._empty.clear()
+
+    def leave(self) -> None:
+        self.num_calls -= 1
+        if self.num_calls == 0:
+            self._empty.set()
+
+    async def close(self, timeout_seconds: float) -> int:
+        """Lets no call in, waits for those inside; the number that were not done in time."""
+        self.is_closed = True
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._empty.wait(), timeout_seconds)
+        return self.num_calls
+
+
+class ServiceInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps every method but the infrastructure's. `background` names the methods ("/package.Service/Method")
+    whose calls last as long as their client does: a drain neither refuses nor awaits them.
+    """
+
+    def __init__(self, background: set[str]) -> None:
+        self.calls = CallsInFlight()
+        self._background = background
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Handler | None:
+        handler = await continuation(handler_call_details)
+        method = handler_call_details.method
+        if handler is None or method.startswith(INFRASTRUCTURE):
+            return handler
+        if handler.response_streaming:
+            return self._wrap_stream(method, handler)
+        return self._wrap_unary(method, handler)
+
+    def _wrap_unary(self, method: str, handler: Handler) -> Handler:
+        behavior: Behavior = handler.stream_unary if handler.request_streaming else handler.unary_unary  # type: ignore[assignment]
+
+        async def call(request: Any, context: Context) -> Any:
+            async with self._guard(method, context):
+                return await behavior(request, context)
+
+        make = (
+            grpc.stream_unary_rpc_method_handler
+            if handler.request_streaming
+            else grpc.unary_unary_rpc_method_handler
+        )
+        return make(call, handler.request_deserializer, handler.response_serializer)
+
+    def _wrap_stream(self, method: str, handler: Handler) -> Handler:
+        behavior: Behavior = handler.stream_stream if handler.request_streaming else handler.unary_stream  # type: ignore[assignment]
+
+        async def call(request: Any, context: Context) -> None:
+            # Writing, instead of yielding to gRPC, closes the servicer's generator the moment the call ends.
+            async with self._guard(method, context), aclosing(behavior(request, context)) as responses:
+                async for response in responses:
+                    await context.write(response)
+
+        make = (
+            grpc.stream_stream_rpc_method_handler
+            if handler.request_streaming
+            else grpc.unary_stream_rpc_method_handler
+        )
+        return make(call, handler.request_deserializer, handler.response_serializer)
+
+    @asynccontextmanager
+    async def _guard(self, method: str, context: Context) -> AsyncIterator[None]:
+        request_id = request_id_from(context.invocation_metadata() or ())
+        bind_request_id(request_id)
+        started = time.perf_counter()
+        outcome = "OK"
+        try:
+            with _Counted(self.calls, is_counted=method not in self._background):
+                await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
+                yield
+        except ServiceError as error:
+            outcome = error.code.name
+            await _abort(context, error)
+        except asyncio.CancelledError:
+            outcome = "CANCELLED"
+            raise
+        except grpc.aio.AbortError:
+            outcome = "ABORTED"
+            raise
+        except Exception:
+            outcome = "INTERNAL"
+            logger.exception("%s failed", method)
+            hidden = InternalError(f"internal error; the server's log has it under request id {request_id}")
+            await _abort(context, hidden)
+        finally:
+            logger.debug("%s %s %.1f ms", method, outcome, (time.perf_counter() - started) * 1e3)
+
+
+class _Counted:
+    """A call's stay among those in flight."""
+
+    def __init__(self, calls: CallsInFlight, *, is_counted: bool) -> None:
+        self._calls = calls
+        self._is_counted = is_counted
+
+    def __enter__(self) -> None:
+        if self._is_counted:
+            self._calls.enter()
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_counted:
+            self._calls.leave()
+
+
+async def _abort(context: Context, error: ServiceError) -> None:
+    status = error.to_status()
+    await context.abort(error.code, status.message, ((DETAILS_KEY, status.SerializeToString()),))

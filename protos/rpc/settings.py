@@ -1,0 +1,65 @@
+"""What every service takes from flags and environment: one frozen declaration gives both, and the help."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_settings import BaseSettings, CliApp, NoDecode, SettingsConfigDict, SettingsError
+
+from protos.rpc.process import fail
+
+
+def _split(value: Any) -> Any:
+    return (
+        tuple(item.strip() for item in value.split(",") if item.strip()) if isinstance(value, str) else value
+    )
+
+
+# A flag that may be repeated, and a comma-separated list in the environment.
+StringList = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+
+
+def service_config(module: str, env_prefix: str) -> SettingsConfigDict:
+    """The `model_config` of a service started as `python -m module`."""
+    return SettingsConfigDict(
+        frozen=True,
+        extra="forbid",
+        env_prefix=env_prefix,
+        cli_prog_name=f"python -m {module}",
+        cli_kebab_case=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+    )
+
+
+class ServiceSettings(BaseSettings):
+    """Flags that every service has."""
+
+    listen: str = Field(description='gRPC address: "host:port" (port 0 takes a free one) or "unix:/path"')
+    drain_timeout: float = Field(30.0, ge=0, description="seconds that running requests get after SIGTERM")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="least level that is logged"
+    )
+    log_format: Literal["text", "json"] = Field(
+        "text", description="one readable line an event, or one JSON object"
+    )
+
+    @classmethod
+    def from_command_line(cls, arguments: list[str] | None = None) -> Self:
+        """Reads flags, then the environment, then defaults. Wrong values end the process with exit code 2."""
+        try:
+            return CliApp.run(cls, cli_args=arguments)
+        except ValidationError as error:
+            fail("; ".join(cls._explain(item["loc"], item["msg"]) for item in error.errors()))
+        except SettingsError as error:
+            fail(str(error))
+
+    @classmethod
+    def _explain(cls, location: tuple[int | str, ...], message: str) -> str:
+        if not location:
+            return message.removeprefix("Value error, ")
+        name = str(location[0])
+        variable = f"{cls.model_config.get('env_prefix', '')}{name}".upper()
+        return f"--{name.replace('_', '-')} (or {variable}): {message[:1].lower()}{message[1:]}"

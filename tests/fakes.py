@@ -1,0 +1,186 @@
+"""Stand-ins for the services: they implement the generated servicers and are reached over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import grpc
+
+from protos.rpc.channel import open_channel
+from protos.rpc.errors import InvalidArgumentError
+from protos.rpc.server import GrpcServer, Service
+from protos.wint2.common.v1 import common_pb2
+from protos.wint2.tokenizer.v1 import tokenizer_pb2, tokenizer_pb2_grpc
+from protos.wint2.worker.v1 import worker_pb2, worker_pb2_grpc
+
+EOS = 2
+FIRST_BYTE_ID = 3  # FakeTokenizer's id of byte 0; ids below are special
+WORKER = worker_pb2.DESCRIPTOR.services_by_name["WorkerService"]
+TOKENIZER = tokenizer_pb2.DESCRIPTOR.services_by_name["TokenizerService"]
+
+
+class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
+    """One id a UTF-8 byte, and no chat template beyond "role: content" lines."""
+
+    async def Tokenize(self, request: Any, context: Any) -> tokenizer_pb2.TokenizeResponse:
+        return tokenizer_pb2.TokenizeResponse(token_ids=[encode(text) for text in request.texts])
+
+    async def ApplyChatTemplate(self, request: Any, context: Any) -> tokenizer_pb2.ApplyChatTemplateResponse:
+        if not request.messages:
+            raise InvalidArgumentError("messages must not be empty", field="messages")
+        text = "".join(f"{message['role']}: {message['content']}\n" for message in request.messages)
+        return tokenizer_pb2.ApplyChatTemplateResponse(text=text, token_ids=encode(text))
+
+    async def GetTokenizerInfo(self, request: Any, context: Any) -> tokenizer_pb2.GetTokenizerInfoResponse:
+        return tokenizer_pb2.GetTokenizerInfoResponse(
+            kind="fake", vocab_size=FIRST_BYTE_ID + 256, eos_token_ids=[EOS]
+        )
+
+    async def Detokenize(
+        self, requests: Any, context: Any
+    ) -> AsyncIterator[tokenizer_pb2.DetokenizeResponse]:
+        sessions: dict[int, FakeSession] = {}
+        async for request in requests:
+            pieces = [self._piece(sessions, chunk) for chunk in request.chunks]
+            yield tokenizer_pb2.DetokenizeResponse(pieces=pieces)
+
+    @staticmethod
+    def _piece(sessions: dict[int, FakeSession], chunk: Any) -> tokenizer_pb2.DetokenizePiece:
+        session = sessions.setdefault(chunk.session_id, FakeSession(chunk.options))
+        piece = session.push(chunk)
+        if piece.finished:
+            del sessions[chunk.session_id]
+        return piece
+
+
+class FakeSession:
+    """Bytes to whole characters, up to the first stop string; nothing is held back for a possible one."""
+
+    def __init__(self, options: Any) -> None:
+        self.options = options
+        self.data = b""
+        self.sent = ""
+        self.num_tokens = 0
+
+    def push(self, chunk: Any) -> tokenizer_pb2.DetokenizePiece:
+        self.data += bytes(i - FIRST_BYTE_ID for i in chunk.token_ids if i >= FIRST_BYTE_ID)
+        self.num_tokens += len(chunk.token_ids)
+        text = self.data.decode("utf-8", "ignore")
+        matched = next((stop for stop in self.options.stop if stop in text), None)
+        if matched is not None:
+            text = text[: text.index(matched) + (len(matched) if self.options.include_stop else 0)]
+        new, self.sent = text[len(self.sent) :], text
+        return tokenizer_pb2.DetokenizePiece(
+            session_id=chunk.session_id,
+            text=new,
+            matched_stop=matched,
+            num_tokens=self.num_tokens,
+            finished=chunk.end or matched is not None,
+        )
+
+
+class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
+    """Streams `completion` (default: the prompt again), one token a message, `delay_seconds` between them.
+
+    `live` holds the ids of requests whose streams are open; `error` is raised after `error_after` tokens.
+    """
+
+    def __init__(self, *, completion: list[int] | None = None, delay_seconds: float = 0.0) -> None:
+        self.completion = completion
+        self.delay_seconds = delay_seconds
+        self.max_model_len = 4096
+        self.error: Exception | None = None
+        self.error_after = 0
+        self.live: set[str] = set()
+        self.requests: list[worker_pb2.GenerateRequest] = []
+        self.metadata: list[dict[str, str | bytes]] = []
+
+    async def Generate(self, request: Any, context: Any) -> AsyncIterator[worker_pb2.GenerateResponse]:
+        self.requests.append(request)
+        self.metadata.append(dict(context.invocation_metadata()))
+        self.live.add(request.request_id)
+        try:
+            async for response in self._stream(request):
+                yield response
+        finally:
+            self.live.discard(request.request_id)
+
+    async def _stream(self, request: Any) -> AsyncIterator[worker_pb2.GenerateResponse]:
+        prompt, params = request.prompt.ids, request.sampling_params
+        yield worker_pb2.GenerateResponse(
+            prompt_info=worker_pb2.PromptInfo(prompt_tokens=len(prompt), effective_params=params)
+        )
+        ids = [*(self.completion if self.completion is not None else prompt), EOS]
+        ids = ids[: params.max_tokens] if params.HasField("max_tokens") else ids
+        for index, token_id in enumerate(ids):
+            self._fail_after(index)
+            await asyncio.sleep(self.delay_seconds)
+            yield worker_pb2.GenerateResponse(delta=delta(token_id, params))
+        self._fail_after(len(ids))
+        yield worker_pb2.GenerateResponse(finish=finish(len(prompt), ids))
+
+    def _fail_after(self, num_tokens: int) -> None:
+        if self.error is not None and num_tokens >= self.error_after:
+            raise self.error
+
+    async def GetModelInfo(self, request: Any, context: Any) -> worker_pb2.GetModelInfoResponse:
+        return worker_pb2.GetModelInfoResponse(
+            served_model_name="fake", max_model_len=self.max_model_len, eos_token_ids=[EOS], vocab_size=259
+        )
+
+    async def GetLoad(self, request: Any, context: Any) -> worker_pb2.GetLoadResponse:
+        return worker_pb2.GetLoadResponse(num_running=len(self.live), num_kv_blocks=64)
+
+
+def encode(text: str) -> common_pb2.TokenIds:
+    return common_pb2.TokenIds(ids=[byte + FIRST_BYTE_ID for byte in text.encode()])
+
+
+def delta(token_id: int, params: common_pb2.SamplingParams) -> worker_pb2.Delta:
+    sampled = common_pb2.TokenLogprob(token_id=token_id, logprob=-0.5)
+    logprobs = [common_pb2.PositionLogprobs(sampled=sampled, top=[sampled] * params.logprobs)]
+    return worker_pb2.Delta(token_ids=[token_id], logprobs=logprobs if params.HasField("logprobs") else [])
+
+
+def finish(num_prompt_tokens: int, ids: list[int]) -> worker_pb2.Finish:
+    usage = common_pb2.Usage(prompt_tokens=num_prompt_tokens, completion_tokens=len(ids))
+    if ids[-1:] == [EOS]:
+        return worker_pb2.Finish(reason=common_pb2.FINISH_REASON_STOP, stop_token_id=EOS, usage=usage)
+    return worker_pb2.Finish(reason=common_pb2.FINISH_REASON_LENGTH, usage=usage)
+
+
+def worker_service(servicer: worker_pb2_grpc.WorkerServiceServicer) -> Service:
+    return Service(WORKER, worker_pb2_grpc.add_WorkerServiceServicer_to_server, servicer)
+
+
+def tokenizer_service(servicer: tokenizer_pb2_grpc.TokenizerServiceServicer) -> Service:
+    return Service(
+        TOKENIZER,
+        tokenizer_pb2_grpc.add_TokenizerServiceServicer_to_server,
+        servicer,
+        frozenset({"Detokenize"}),
+    )
+
+
+@asynccontextmanager
+async def serving(*services: Service, listen: str = "127.0.0.1:0") -> AsyncIterator[str]:
+    """A SERVING server with these services; its address."""
+    server = GrpcServer(listen, [service.descriptor for service in services])
+    address = await server.start()
+    for service in services:
+        server.add(service)
+    await server.set_serving(True)
+    try:
+        yield address
+    finally:
+        await server.stop()
+
+
+@asynccontextmanager
+async def connected(*services: Service) -> AsyncIterator[grpc.aio.Channel]:
+    """A channel to a SERVING server with these services."""
+    async with serving(*services) as address, open_channel(address) as channel:
+        yield channel
