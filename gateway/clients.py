@@ -1,0 +1,266 @@
+"""The services that the gateway calls; no other module of it touches a stub."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import grpc
+
+from gateway.deadline import within
+from gateway.detokenize import DetokenizeSession, DetokenizeStream
+from gateway.scheduler.dispatcher import Dispatcher
+from protos.rpc.channel import open_channel
+from protos.rpc.errors import InternalError, ServiceError, UnavailableError, from_rpc_error
+from protos.rpc.telemetry import outgoing_metadata
+from protos.wint2.scheduler.v1 import scheduler_pb2, scheduler_pb2_grpc
+from protos.wint2.tokenizer.v1 import tokenizer_pb2, tokenizer_pb2_grpc
+from protos.wint2.worker.v1 import worker_pb2, worker_pb2_grpc
+
+UNSAID = (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
+
+
+@contextlib.contextmanager
+def errors_of(peer: str) -> Iterator[None]:
+    """Turns the call's failure into a ServiceError that names the peer, not its sockets."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise explain(error, peer) from error
+
+
+def explain(error: grpc.aio.AioRpcError, peer: str) -> ServiceError:
+    service_error = from_rpc_error(error)
+    is_own_words = bool(service_error.metadata) or service_error.reason != service_error.default_reason
+    if error.code() is grpc.StatusCode.UNAVAILABLE and not is_own_words:
+        message = f"the connection to the {peer} failed"
+        return UnavailableError(message, reason="CONNECTION_LOST", retry_after_seconds=1)
+    if error.code() in UNSAID:
+        return InternalError(f"internal error in the {peer}")
+    return service_error
+
+
+class TokenizerClient:
+    """Text to ids and back."""
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self.channel = channel
+        self._stub: tokenizer_pb2_grpc.TokenizerServiceAsyncStub
+        self._stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
+        self._detokenize = DetokenizeStream(self._stub)
+        self._token_texts: dict[int, str] = {}
+        self._joint: list[int] | None = None
+
+    async def encode(
+        self, texts: Sequence[str], *, add_special_tokens: bool, timeout: float
+    ) -> list[list[int]]:
+        """One list of ids a text; special tokens that a text spells out stay text."""
+        request = tokenizer_pb2.TokenizeRequest(
+            texts=texts, add_special_tokens=add_special_tokens, parse_special_tokens=False
+        )
+        with errors_of("tokenizer"):
+            response = await self._stub.Tokenize(request, timeout=timeout, metadata=outgoing_metadata())
+        return [list(token_ids.ids) for token_ids in response.token_ids]
+
+    async def apply_chat_template(
+        self, request: tokenizer_pb2.ApplyChatTemplateRequest, timeout: float
+    ) -> tokenizer_pb2.ApplyChatTemplateResponse:
+        with errors_of("tokenizer"):
+            return await self._stub.ApplyChatTemplate(request, timeout=timeout, metadata=outgoing_metadata())
+
+    def session(self, options: tokenizer_pb2.DetokenizeOptions) -> DetokenizeSession:
+        """One completion's way from ids to text."""
+        return self._detokenize.session(options)
+
+    async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        with self.session(
+            tokenizer_pb2.DetokenizeOptions(skip_special_tokens=skip_special_tokens)
+        ) as session:
+            return (await session.push(token_ids, end=True)).text
+
+    async def token_texts(self, token_ids: Iterable[int]) -> dict[int, str]:
+        """Each token's text as it reads inside a line, special tokens spelled out. Learned once an id."""
+        missing = [token_id for token_id in set(token_ids) if token_id not in self._token_texts]
+        if missing:
+            texts = await asyncio.gather(*map(self._decode_inside, missing))
+            self._token_texts.update(zip(missing, texts, strict=True))
+        return self._token_texts
+
+    async def _decode_inside(self, token_id: int) -> str:
+        if self._joint is None:
+            # Some vocabularies drop the space that begins a text, so a token is read behind another one.
+            [self._joint] = await self.encode(["a"], add_special_tokens=False, timeout=10)
+        options = tokenizer_pb2.DetokenizeOptions(skip_special_tokens=False, prefix_token_ids=self._joint)
+        with self.session(options) as session:
+            return (await session.push([token_id], end=True)).text
+
+    async def close(self) -> None:
+        await self._detokenize.close()
+        await self.channel.close()
+
+
+@dataclass(slots=True)
+class _Link:
+    channel: grpc.aio.Channel
+    stub: worker_pb2_grpc.WorkerServiceAsyncStub
+    num_calls: int = 0
+
+
+class WorkerClient:
+    """Generate calls to any number of workers; a connection each, kept while it is of use."""
+
+    def __init__(self) -> None:
+        self._links: dict[str, _Link] = {}
+
+    async def generate(
+        self,
+        address: str,
+        request: worker_pb2.GenerateRequest,
+        *,
+        timeout: float,
+        lost: asyncio.Future[ServiceError],
+    ) -> AsyncGenerator[worker_pb2.GenerateResponse]:
+        """The worker's messages. Closing the iterator cancels the call; `lost` does too and is raised."""
+        link = self._links.get(address) or self._connect(address)
+        link.num_calls += 1
+        call = link.stub.Generate(request, timeout=timeout, metadata=outgoing_metadata())
+
+        def give_up(_: asyncio.Future[ServiceError]) -> None:
+            call.cancel()
+
+        lost.add_done_callback(give_up)
+        try:
+            with errors_of("worker"):
+                async for response in call:
+                    yield response
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if lost.done() and not (task and task.cancelling()):
+                raise lost.result() from None
+            raise
+        finally:
+            lost.remove_done_callback(give_up)
+            call.cancel()
+            link.num_calls -= 1
+
+    async def retain(self, addresses: set[str]) -> None:
+        """Closes idle connections to workers that are no longer listed."""
+        for address, link in list(self._links.items()):
+            if address not in addresses and link.num_calls == 0:
+                del self._links[address]
+                await link.channel.close()
+
+    async def close(self) -> None:
+        for link in self._links.values():
+            await link.channel.close()
+
+    def _connect(self, address: str) -> _Link:
+        channel = open_channel(address)
+        link = self._links[address] = _Link(channel, worker_pb2_grpc.WorkerServiceStub(channel))
+        return link
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """A place on a worker; `lost` ends with an error when the worker has to be given up."""
+
+    placed: scheduler_pb2.Placed
+    lost: asyncio.Future[ServiceError]
+
+
+class SchedulerClient(Protocol):
+    """The scheduler, wherever it runs."""
+
+    def place(
+        self, request: scheduler_pb2.ScheduleRequest, timeout: float
+    ) -> AbstractAsyncContextManager[Placement]:
+        """Waits for a place and holds it while the context is open."""
+
+    async def list_workers(self) -> list[scheduler_pb2.Worker]:
+        """Every worker known and its load; raises UnavailableError if the scheduler cannot be reached."""
+
+    async def queue(self) -> scheduler_pb2.GetQueueResponse:
+        """What waits."""
+
+
+class LocalScheduler:
+    """The scheduler that this process hosts."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self._dispatcher = dispatcher
+
+    @contextlib.asynccontextmanager
+    async def place(self, request: scheduler_pb2.ScheduleRequest, timeout: float) -> AsyncIterator[Placement]:
+        place = self._dispatcher.submit(request)
+        try:
+            placed = await within(timeout, place.wait_placed())
+            yield Placement(placed, place.lost)
+        finally:
+            self._dispatcher.withdraw(place)
+
+    async def list_workers(self) -> list[scheduler_pb2.Worker]:
+        return self._dispatcher.list_workers()
+
+    async def queue(self) -> scheduler_pb2.GetQueueResponse:
+        return self._dispatcher.queue()
+
+
+class RemoteScheduler:
+    """A scheduler process that several gateways share."""
+
+    TIMEOUT_SECONDS = 1.0
+
+    def __init__(self, channel: grpc.aio.Channel) -> None:
+        self._stub: scheduler_pb2_grpc.SchedulerServiceAsyncStub
+        self._stub = scheduler_pb2_grpc.SchedulerServiceStub(channel)
+
+    @contextlib.asynccontextmanager
+    async def place(self, request: scheduler_pb2.ScheduleRequest, timeout: float) -> AsyncIterator[Placement]:
+        call = self._stub.Schedule(request, timeout=timeout, metadata=outgoing_metadata())
+        watch: asyncio.Task[None] | None = None
+        try:
+            placed = await self._wait_placed(call)
+            lost: asyncio.Future[ServiceError] = asyncio.get_running_loop().create_future()
+            watch = asyncio.create_task(self._watch(call, lost))
+            yield Placement(placed, lost)
+        finally:
+            call.cancel()
+            if watch is not None:
+                watch.cancel()
+
+    async def list_workers(self) -> list[scheduler_pb2.Worker]:
+        with errors_of("scheduler"):
+            response = await self._stub.ListWorkers(
+                scheduler_pb2.ListWorkersRequest(), timeout=self.TIMEOUT_SECONDS
+            )
+        return list(response.workers)
+
+    async def queue(self) -> scheduler_pb2.GetQueueResponse:
+        with errors_of("scheduler"):
+            return await self._stub.GetQueue(scheduler_pb2.GetQueueRequest(), timeout=self.TIMEOUT_SECONDS)
+
+    async def _wait_placed(
+        self, call: grpc.aio.UnaryStreamCall[scheduler_pb2.ScheduleRequest, scheduler_pb2.ScheduleResponse]
+    ) -> scheduler_pb2.Placed:
+        with errors_of("scheduler"):
+            async for response in call:
+                if response.WhichOneof("event") == "placed":
+                    return response.placed
+        raise UnavailableError("the scheduler gave no place", reason="CONNECTION_LOST", retry_after_seconds=1)
+
+    async def _watch(
+        self,
+        call: grpc.aio.UnaryStreamCall[scheduler_pb2.ScheduleRequest, scheduler_pb2.ScheduleResponse],
+        lost: asyncio.Future[ServiceError],
+    ) -> None:
+        """Only the scheduler's word gives up a worker; that the scheduler itself went away does not."""
+        try:
+            await call.read()
+        except grpc.aio.AioRpcError as error:
+            service_error = from_rpc_error(error)
+            if service_error.reason == "WORKER_LOST" and not lost.done():
+                lost.set_result(service_error)

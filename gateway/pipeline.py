@@ -1,0 +1,167 @@
+"""A request's whole life: encode, find a place, generate, decode. HTTP and gRPC are two views of it."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from array import array
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from gateway.clients import Placement, SchedulerClient, TokenizerClient, WorkerClient
+from gateway.completion import Completion, stop_token_ids
+from gateway.deadline import remaining
+from gateway.merge import merge
+from gateway.metrics import GatewayMetrics
+from gateway.requests import CompletionRequest, EncodedPrompt, Event, Prompt
+from protos.rpc.errors import InvalidArgumentError, UnavailableError
+from protos.wint2.common.v1.common_pb2 import SamplingParams, TokenIds
+from protos.wint2.scheduler.v1.scheduler_pb2 import ScheduleRequest
+from protos.wint2.tokenizer.v1.tokenizer_pb2 import ApplyChatTemplateRequest, DetokenizeOptions
+from protos.wint2.worker.v1.worker_pb2 import GenerateRequest
+
+logger = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 3
+# Only a worker's failure is worth another worker; these are the answers of scheduler and tokenizer.
+FINAL_REASONS = frozenset({"NO_WORKER", "QUEUE_TIMEOUT", "TOKENIZER_LOST"})
+# Prompts that agree in so many tokens (two KV blocks) like the same worker.
+AFFINITY_TOKENS = 128
+SEED_STRIDE = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: neighbouring choices get far-apart seeds
+SEED_MASK = (1 << 63) - 1
+
+
+class Pipeline:
+    """Shares its clients among all requests; owns nothing that belongs to one request."""
+
+    def __init__(
+        self,
+        tokenizer: TokenizerClient,
+        scheduler: SchedulerClient,
+        workers: WorkerClient,
+        metrics: GatewayMetrics,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.scheduler = scheduler
+        self._workers = workers
+        self._metrics = metrics
+
+    async def encode(self, request: CompletionRequest) -> list[EncodedPrompt]:
+        """Every prompt as token ids."""
+        return list(await asyncio.gather(*(self._encode(prompt, request) for prompt in request.prompts)))
+
+    async def run(
+        self, request: CompletionRequest, prompts: Sequence[EncodedPrompt]
+    ) -> AsyncGenerator[Event]:
+        """The events of all choices, each choice's in order. Closing the iterator cancels everything."""
+        choices = [
+            self._choice(index, request, prompts[index // request.num_choices].token_ids)
+            for index in range(len(prompts) * request.num_choices)
+        ]
+        with self._metrics.in_flight():
+            async with aclosing(merge(choices)) as events:
+                async for event in events:
+                    yield event
+
+    async def _encode(self, prompt: Prompt, request: CompletionRequest) -> EncodedPrompt:
+        timeout = remaining(request.deadline)
+        if isinstance(prompt, ApplyChatTemplateRequest):
+            rendered = await self.tokenizer.apply_chat_template(prompt, timeout)
+            return EncodedPrompt(rendered.token_ids.ids, rendered.text)
+        if not isinstance(prompt, str):
+            return EncodedPrompt(prompt)
+        [token_ids] = await self.tokenizer.encode(
+            [prompt], add_special_tokens=request.add_special_tokens, timeout=timeout
+        )
+        if not token_ids:
+            raise InvalidArgumentError("the prompt has no tokens", field="prompt")
+        return EncodedPrompt(token_ids, prompt)
+
+    async def _choice(
+        self, index: int, request: CompletionRequest, prompt: Sequence[int]
+    ) -> AsyncGenerator[Event]:
+        """One completion. Until its first token is out, a worker that fails is replaced by another."""
+        schedule = schedule_request(index, request, prompt)
+        generate = generate_request(index, request, prompt)
+        with self._metrics.observe_choice() as observer:
+            while True:
+                try:
+                    async with (
+                        self.scheduler.place(schedule, remaining(request.deadline)) as placement,
+                        aclosing(self._attempt(index, request, generate, placement)) as events,
+                    ):
+                        schedule.excluded_worker_ids.append(placement.placed.worker_id)
+                        async for event in events:
+                            observer.on_event(event)
+                            yield event
+                    return
+                except UnavailableError as error:
+                    is_final = error.reason in FINAL_REASONS
+                    if observer.has_tokens or is_final or len(schedule.excluded_worker_ids) >= MAX_ATTEMPTS:
+                        raise
+                    logger.warning("%s; trying another worker", error)
+
+    async def _attempt(
+        self, index: int, request: CompletionRequest, generate: GenerateRequest, placement: Placement
+    ) -> AsyncGenerator[Event]:
+        options = DetokenizeOptions(
+            skip_special_tokens=request.skip_special_tokens,
+            stop=request.stop,
+            include_stop=request.include_stop,
+        )
+        responses = self._workers.generate(
+            placement.placed.address, generate, timeout=remaining(request.deadline), lost=placement.lost
+        )
+        stop_ids = stop_token_ids(generate.sampling_params, placement.placed.eos_token_ids)
+        async with aclosing(responses):
+            with self.tokenizer.session(options) as session:
+                completion = Completion(index, session, request.deadline, stop_ids, request.include_stop)
+                async for response in responses:
+                    for event in await completion.feed(response):
+                        yield event
+                    if completion.is_finished:
+                        return
+        raise UnavailableError(
+            "the worker ended the stream early", reason="WORKER_LOST", retry_after_seconds=1
+        )
+
+
+def schedule_request(index: int, request: CompletionRequest, prompt: Sequence[int]) -> ScheduleRequest:
+    schedule = ScheduleRequest(
+        request_id=f"{request.request_id}-{index}",
+        model=request.model,
+        prompt_tokens=len(prompt),
+        max_tokens=request.sampling_params.max_tokens,
+        priority=request.priority,
+    )
+    if len(prompt) >= AFFINITY_TOKENS:
+        schedule.affinity_key = affinity_key(prompt, request.cache_salt or "")
+    return schedule
+
+
+def affinity_key(prompt: Sequence[int], cache_salt: str) -> int:
+    """Equal for prompts that can share their first blocks in a prefix cache."""
+    head = array("I", prompt[:AFFINITY_TOKENS]).tobytes()
+    digest = hashlib.blake2b(head, digest_size=8, key=cache_salt.encode()[:64]).digest()
+    return int.from_bytes(digest, "little")
+
+
+def generate_request(index: int, request: CompletionRequest, prompt: Sequence[int]) -> GenerateRequest:
+    return GenerateRequest(
+        request_id=f"{request.request_id}-{index}",
+        prompt=TokenIds(ids=prompt),
+        sampling_params=choice_params(request.sampling_params, index % request.num_choices),
+        priority=request.priority,
+        cache_salt=request.cache_salt,
+    )
+
+
+def choice_params(params: SamplingParams, choice: int) -> SamplingParams:
+    """The parameters of a prompt's choice: a seed of its own, which for choice 0 is the request's."""
+    if choice == 0 or not params.HasField("seed"):
+        return params
+    own = SamplingParams()
+    own.CopyFrom(params)
+    own.seed = (params.seed + choice * SEED_STRIDE) & SEED_MASK
+    return own

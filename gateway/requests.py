@@ -1,0 +1,74 @@
+"""A request in the gateway's own words, the same from HTTP and gRPC, and the events that answer it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from protos.wint2.common.v1.common_pb2 import FinishReason, PositionLogprobs, SamplingParams, Timings, Usage
+from protos.wint2.tokenizer.v1.tokenizer_pb2 import ApplyChatTemplateRequest
+
+Prompt = str | Sequence[int] | ApplyChatTemplateRequest
+
+
+@dataclass(frozen=True)
+class CompletionRequest:
+    """What a client asks for. `deadline` is a time of `time.monotonic`, in seconds.
+
+    Each prompt is completed `num_choices` times; choice j of prompt i has the index i * num_choices + j.
+    """
+
+    request_id: str
+    model: str
+    prompts: Sequence[Prompt]
+    deadline: float
+    sampling_params: SamplingParams = field(default_factory=SamplingParams)
+    num_choices: int = 1
+    stop: Sequence[str] = ()
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+    add_special_tokens: bool = True
+    priority: int = 0
+    cache_salt: str | None = None
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt's ids; `text` is what they were made from, if it was text."""
+
+    token_ids: Sequence[int]
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A worker has taken up the prompt."""
+
+    index: int
+    num_prompt_tokens: int
+    num_cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TextPiece:
+    """New text, the tokens it stands for, and a logprobs entry for each if they were asked for."""
+
+    index: int
+    text: str
+    token_ids: Sequence[int]
+    logprobs: Sequence[PositionLogprobs] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """The last event of a choice."""
+
+    index: int
+    reason: FinishReason.ValueType
+    usage: Usage
+    timings: Timings
+    matched_stop: str | None = None
+    stop_token_id: int | None = None
+
+
+Event = Started | TextPiece | Finished
