@@ -1,0 +1,102 @@
+"""Op `moe_ffn`: the routed experts' SwiGLU feed-forward networks over dense weights.
+
+    y_t = sum over a of weight[t, a] · down_e( silu(gate_e(x_t)) · up_e(x_t) ),  e = ids[t, a]
+
+Shapes: T tokens, D hidden, E experts, A activated experts per token, F expert intermediate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from cuda_kernels.linear import DenseWeight, linear, pack_dense
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """Every expert's up_gate [2F, D] (gate rows first) and down [D, F] projection.
+
+    When every token activates every expert, the experts are one wide network whose hidden features are scaled
+    by the expert's weight: the tuples then hold one weight each, up_gate [2·E·F, D] (all gates first) and
+    down [D, E·F].
+    """
+
+    up_gate: tuple[DenseWeight, ...]
+    down: tuple[DenseWeight, ...]
+    num_experts: int
+    is_merged: bool
+
+    @property
+    def nbytes(self) -> int:
+        return sum(weight.nbytes for weight in (*self.up_gate, *self.down))
+
+
+def pack_experts(
+    up_gate: Sequence[torch.Tensor], down: Sequence[torch.Tensor], num_experts_per_token: int
+) -> ExpertWeights:
+    """Lay out the experts' weights (E × [2F, D] and E × [D, F]) for `moe_ffn`."""
+    num_experts = len(up_gate)
+    is_merged = num_experts_per_token == num_experts
+    if is_merged:
+        gates, ups = zip(*(weight.chunk(2) for weight in up_gate), strict=True)
+        up_gate, down = [torch.cat((*gates, *ups))], [torch.cat(tuple(down), dim=1)]
+    return ExpertWeights(
+        tuple(map(pack_dense, up_gate)), tuple(map(pack_dense, down)), num_experts, is_merged
+    )
+
+
+def moe_ffn(
+    hidden_TD: torch.Tensor,
+    expert_ids_TA: torch.Tensor,
+    expert_weights_TA: torch.Tensor,
+    experts: ExpertWeights,
+) -> torch.Tensor:
+    """The weighted sum of each token's experts: [T, D] in the hidden state's dtype.
+
+    `expert_ids_TA` int32, a row without repetitions; `expert_weights_TA` float32.
+    """
+    if experts.is_merged:
+        return _moe_ffn_merged(hidden_TD, expert_ids_TA, expert_weights_TA, experts)
+    return _moe_ffn_by_expert(hidden_TD, expert_ids_TA, expert_weights_TA, experts)
+
+
+def silu_and_mul(up_gate_TF: torch.Tensor) -> torch.Tensor:
+    """SwiGLU of [T, 2F], gate half first: [T, F]."""
+    gate_TF, up_TF = up_gate_TF.chunk(2, dim=-1)
+    return F.silu(gate_TF) * up_TF
+
+
+def _moe_ffn_merged(
+    hidden_TD: torch.Tensor,
+    expert_ids_TA: torch.Tensor,
+    expert_weights_TA: torch.Tensor,
+    experts: ExpertWeights,
+) -> torch.Tensor:
+    weights_TE = torch.empty_like(expert_weights_TA).scatter_(1, expert_ids_TA.long(), expert_weights_TA)
+    inner_TEF = silu_and_mul(linear(hidden_TD, experts.up_gate[0])).unflatten(-1, (experts.num_experts, -1))
+    scaled_TEF = (inner_TEF * weights_TE.unsqueeze(-1)).to(hidden_TD.dtype)
+    return linear(scaled_TEF.flatten(1), experts.down[0])
+
+
+def _moe_ffn_by_expert(
+    hidden_TD: torch.Tensor,
+    expert_ids_TA: torch.Tensor,
+    expert_weights_TA: torch.Tensor,
+    experts: ExpertWeights,
+) -> torch.Tensor:
+    num_tokens, num_activated = expert_ids_TA.shape
+    results_RD = hidden_TD.new_empty(num_tokens * num_activated, hidden_TD.shape[1])
+    rows_by_expert_R = torch.argsort(expert_ids_TA.flatten(), stable=True)
+    counts = torch.bincount(expert_ids_TA.flatten(), minlength=experts.num_experts).tolist()
+    for rows, up_gate, down in zip(
+        rows_by_expert_R.split(counts), experts.up_gate, experts.down, strict=True
+    ):
+        if rows.numel():
+            inner = silu_and_mul(linear(hidden_TD[rows // num_activated], up_gate))
+            results_RD[rows] = linear(inner, down)
+    results_TAD = results_RD.unflatten(0, (num_tokens, num_activated)).float()
+    return (results_TAD * expert_weights_TA.unsqueeze(-1)).sum(1).to(hidden_TD.dtype)
