@@ -1,0 +1,62 @@
+# Each target is one line of what a person types; `make test` and `make demo` need nothing but Python 3.11 and make.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Named first and by itself, so that a machine without a GPU can have a CPU build satisfy it.
+TORCH ?= torch==2.13.0
+PROTOS := $(shell find protos -name '*.proto')
+INSTALLED := $(VENV)/.installed
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install test lint format protos demo stop gpu bench size clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+install: $(INSTALLED) ## .venv with every extra; again only when pyproject.toml, setup.py or a .proto changed
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $(PYTHON) is older than 3.11: make PYTHON=python3.11 …" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: no venv module: apt-get install python3-venv" >&2; exit 1; }
+
+$(INSTALLED): pyproject.toml setup.py $(PROTOS) | $(BIN)/python
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	@touch $@
+
+test: lint ## ruff, mypy --strict, import rules, then every test that needs no GPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not demo"
+
+lint: $(INSTALLED) ## ruff, mypy --strict, import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED) ## put the sources into ruff's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+protos: $(BIN)/python ## compile protos/**/*.proto beside their sources
+	$(BIN)/python setup.py --quiet build_protos
+
+demo: $(INSTALLED) ## build the demo model, start the stack in the background, answer a prompt
+	$(BIN)/python -m wint2.demo --output .demo
+	@deploy/demo.sh start $(BIN) .demo
+
+stop: ## end the stack that `make demo` left running
+	@deploy/demo.sh stop $(BIN) .demo
+
+gpu: $(INSTALLED) ## the tests that need an NVIDIA GPU and CuPy
+	$(BIN)/python -m pytest -m gpu
+
+bench: $(INSTALLED) ## every tests/bench/bench_*.py, one after another
+	@for file in tests/bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+size: $(BIN)/python ## lines, functions and files by package
+	@$(BIN)/python tests/size.py
+
+clean: ## remove what the targets above made
+	rm -rf $(VENV) .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info
