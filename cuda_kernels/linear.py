@@ -59,9 +59,11 @@ def _linear_cpu(x_TK: torch.Tensor, weight: DenseWeight) -> torch.Tensor:
         return x_TK.new_empty(0, weight.num_outputs)
     if weight.is_packed:
         x_TK = _pad_rows(x_TK, max(num_rows, _MIN_ROWS_ONEDNN))
-        return torch.ops.mkldnn._linear_pointwise(x_TK, weight.data, None, "none", [], "")[:num_rows]
-    x_TK = _pad_rows(x_TK, -(-num_rows // _MIN_ROWS_MKL) * _MIN_ROWS_MKL)
-    return F.linear(x_TK, weight.data)[:num_rows]
+        y_TN: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x_TK, weight.data, None, "none", [], "")
+    else:
+        x_TK = _pad_rows(x_TK, -(-num_rows // _MIN_ROWS_MKL) * _MIN_ROWS_MKL)
+        y_TN = F.linear(x_TK, weight.data)
+    return y_TN[:num_rows]
 
 
 def _pad_rows(x_TK: torch.Tensor, num_rows: int) -> torch.Tensor:
@@ -72,6 +74,6 @@ def _pad_rows(x_TK: torch.Tensor, num_rows: int) -> torch.Tensor:
 def _can_pack(weight_NK: torch.Tensor) -> bool:
     if weight_NK.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    return weight_NK.dtype == torch.float32 or (
-        weight_NK.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+    if weight_NK.dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return weight_NK.dtype == torch.float32

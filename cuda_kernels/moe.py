@@ -98,5 +98,5 @@ def _moe_ffn_by_expert(
         if rows.numel():
             inner = silu_and_mul(linear(hidden_TD[rows // num_activated], up_gate))
             results_RD[rows] = linear(inner, down)
-    results_TAD = results_RD.unflatten(0, (num_tokens, num_activated)).float()
+    results_TAD = results_RD.view(num_tokens, num_activated, -1).float()
     return (results_TAD * expert_weights_TA.unsqueeze(-1)).sum(1).to(hidden_TD.dtype)

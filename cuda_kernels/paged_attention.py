@@ -7,8 +7,8 @@ A step is cut into query tiles, each within one sequence, and every tile visits 
 
 Items are computed all at once and summed block by block in order, so that a token's result has the same bits
 in any batch and any chunking.
-Shapes: T tokens, S sequences, H query heads, G KV heads, C head dim, B blocks, P slots in a block, M blocks of
-the longest sequence, U tiles, I items, Q tokens in a tile.
+Shapes: T tokens, S sequences, H query heads, G KV heads, C head dim, B blocks, P slots in a block,
+M blocks of the longest sequence, U tiles, I items, Q tokens in a tile.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _tile_tokens(tiles: _Tiles, num_tokens: int) -> tuple[torch.Tensor, torch.Te
 def _tile_queries(query_UQHC: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     """[U, Q, H, C] -> [U, G, R, C], R = query heads of a KV head × Q, padded to a multiple of four."""
     num_tiles, _, _, head_dim = query_UQHC.shape
-    query_UGRC = (
+    query_UGRC: torch.Tensor = (
         query_UQHC.unflatten(2, (num_kv_heads, -1))
         .permute(0, 2, 3, 1, 4)
         .reshape(num_tiles, num_kv_heads, -1, head_dim)
@@ -156,8 +156,8 @@ def _tile_queries(query_UQHC: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
 def _untile(result_UGRC: torch.Tensor, tile_size: int, num_heads: int) -> torch.Tensor:
     """The inverse of `_tile_queries`: [U, Q, H, C]."""
     group = num_heads // result_UGRC.shape[1]
-    unpadded = result_UGRC[:, :, : group * tile_size].unflatten(2, (group, tile_size))
-    return unpadded.permute(0, 3, 1, 2, 4).flatten(2, 3)
+    result_UGHQC: torch.Tensor = result_UGRC[:, :, : group * tile_size].unflatten(2, (group, tile_size))
+    return result_UGHQC.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 def _items(num_blocks_U: torch.Tensor) -> tuple[list[int], torch.Tensor, torch.Tensor]:
@@ -179,7 +179,8 @@ def _gather(cache_BPGC: torch.Tensor, block_I: torch.Tensor) -> torch.Tensor:
 
 
 def _products(a_IGRX: torch.Tensor, b_IGXY: torch.Tensor) -> torch.Tensor:
-    return torch.bmm(a_IGRX.flatten(0, 1), b_IGXY.flatten(0, 1)).unflatten(0, a_IGRX.shape[:2])
+    products = torch.bmm(a_IGRX.flatten(0, 1), b_IGXY.flatten(0, 1))
+    return products.view(*a_IGRX.shape[:3], -1)
 
 
 def _mask_future(
@@ -204,8 +205,8 @@ def _exp_below_tile_maximum(
 
 def _fold(combine: Callable[..., torch.Tensor], parts_I: torch.Tensor, active: list[int]) -> torch.Tensor:
     """Combine the items of each tile in the order of their blocks."""
-    first, *rest = parts_I.split(active)
-    total_U = first.clone()
+    first, *rest = torch.split(parts_I, active)
+    total_U: torch.Tensor = first.clone()
     for part in rest:
         beginning = total_U[: len(part)]
         combine(beginning, part, out=beginning)
