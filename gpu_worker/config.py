@@ -81,6 +81,7 @@ class SchedulerConfig:
     max_num_batched_tokens: int = 8192
     max_model_len: int = 32768
     enable_chunked_prefill: bool = True
+    priority_seconds: float = 30.0  # one step of priority counts as that much later an arrival
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,3 +94,4 @@ class EngineConfig:
     device: torch.device
     dtype: torch.dtype
     use_cudagraph: bool = True
+    seed: int = 0  # of the seeds given to requests that bring none

@@ -39,8 +39,10 @@ class SamplingParams:
     n: int = 1
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias or {}))
         self._check_range("temperature", 0.0, 2.0)
         self._check_range("top_p", 0.0, 1.0)
         self._check_range("min_p", 0.0, 1.0)
@@ -57,10 +59,24 @@ class SamplingParams:
             self._check_range("min_tokens", 0, self.max_tokens)
         if self.logprobs is not None:
             self._check_range("logprobs", 0, MAX_LOGPROBS)
+        for token_id, value in self.logit_bias.items():
+            if not -100 <= value <= 100:
+                raise SamplingParamsError(
+                    "logit_bias", f"of token {token_id} must be between -100 and 100, got {value}"
+                )
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature == 0.0 or self.top_p == 0.0 or self.top_k == 1
+
+    @property
+    def is_filtered(self) -> bool:
+        """Whether some tokens are cut off before the draw."""
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
+    @property
+    def is_penalised(self) -> bool:
+        return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
     def _check_range(self, name: str, low: float, high: float | None) -> None:
         value = getattr(self, name)

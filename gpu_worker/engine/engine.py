@@ -1,0 +1,255 @@
+"""The engine: `add` a request, `abort` one, `step` them all. Synchronous, one thread, no wire.
+
+step:  Scheduler.schedule() -> BatchBuilder.build() -> ModelRunner.run() -> Sampler.sample() -> StepOutputs
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from gpu_worker.config import EngineConfig
+from gpu_worker.engine.admission import check_request, longest_total
+from gpu_worker.engine.batch_builder import BatchBuilder
+from gpu_worker.engine.block_manager import BlockManager
+from gpu_worker.engine.errors import RequestError
+from gpu_worker.engine.runner import Model, ModelRunner
+from gpu_worker.engine.sampler import Sampler, Samples
+from gpu_worker.engine.scheduler import ScheduledStep, Scheduler
+from gpu_worker.engine.sequence import FinishReason, Request, Sequence, StepOutput, Timings
+from gpu_worker.engine.sequence_table import SequenceTable
+from gpu_worker.layers.kv_cache import KVCache
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """The state of this moment, and totals since the start (`*_total`)."""
+
+    num_running: int
+    num_waiting: int
+    num_used_blocks: int
+    num_blocks: int
+    num_pending_prefill_tokens: int
+    num_steps_total: int
+    num_prompt_tokens_total: int
+    num_generation_tokens_total: int
+    num_preemptions_total: int
+    num_prefix_lookup_tokens_total: int
+    num_prefix_hit_tokens_total: int
+
+
+class Engine:
+    """Continuous batching over a paged KV cache."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: Model,
+        kv_cache: KVCache,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        limits, cache = config.scheduler, config.cache
+        self.config = config
+        self._clock = clock
+        self._blocks = BlockManager(cache.num_blocks, cache.block_size)
+        self._table = SequenceTable(limits.max_num_seqs, limits.max_model_len, cache.block_size)
+        share = cache.enable_prefix_caching
+        self._scheduler = Scheduler(limits, self._blocks, self._table, share_prefixes=share)
+        self._batches = BatchBuilder(self._table, config.device)
+        self._runner = ModelRunner(model, kv_cache)
+        self._sampler = Sampler(self._table, limits.max_num_seqs, config.model.vocab_size, config.device)
+        self._random = np.random.default_rng(config.seed)
+        self._live: dict[str, list[Sequence]] = {}
+        self._deadlines: list[tuple[float, int, Request]] = []
+        self._outputs: list[StepOutput] = []
+        self._num_requests = self._num_steps = self._num_prompt_tokens = self._num_generation_tokens = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._live or self._outputs)
+
+    def add(self, request: Request) -> None:
+        """Queues a request. Raises RequestError or ContextLengthError if it can never run."""
+        check_request(request, self.config)
+        if request.request_id in self._live:
+            raise RequestError(
+                "request_id", f"{request.request_id!r} is in use by a request that has not ended"
+            )
+        self._live[request.request_id] = sequences = self._make_sequences(request)
+        self._scheduler.add(sequences[0])
+        if request.deadline is not None:
+            heapq.heappush(self._deadlines, (request.deadline, self._num_requests, request))
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request; its blocks are free on return, its last outputs come with the next step."""
+        return self._abort_all(request_id, "aborted", None)
+
+    @torch.inference_mode()
+    def step(self) -> list[StepOutput]:
+        """Computes one step and tells what it gave to whom."""
+        self._expire()
+        step = self._scheduler.schedule()
+        for sequence in step.admitted:
+            self._take_up(sequence)
+        if len(step.rows):
+            self._collect(step, self._run(step))
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=len(self._table),
+            num_waiting=self._scheduler.num_waiting,
+            num_used_blocks=self._blocks.num_used,
+            num_blocks=self._blocks.num_blocks,
+            num_pending_prefill_tokens=self._scheduler.num_pending_prefill_tokens,
+            num_steps_total=self._num_steps,
+            num_prompt_tokens_total=self._num_prompt_tokens,
+            num_generation_tokens_total=self._num_generation_tokens,
+            num_preemptions_total=self._scheduler.num_preemptions,
+            num_prefix_lookup_tokens_total=self._scheduler.num_lookup_tokens,
+            num_prefix_hit_tokens_total=self._scheduler.num_hit_tokens,
+        )
+
+    def check_integrity(self) -> None:
+        """Asserts that nothing has leaked; for tests, and for a moment of idleness."""
+        self._scheduler.check_integrity()
+        running = set(map(id, self._table.sequences))
+        live = {id(sequence) for sequences in self._live.values() for sequence in sequences}
+        assert running <= live
+        assert self._live or not self._blocks.num_used
+
+    def _make_sequences(self, request: Request) -> list[Sequence]:
+        """The `n` sequences of a request. All but the first wait until its prompt is in the KV cache."""
+        self._num_requests += 1
+        params = request.params
+        seed = int(self._random.integers(2**63)) if params.seed is None else params.seed
+        arrival = request.arrival_time + request.priority * self.config.scheduler.priority_seconds
+        eos = () if params.ignore_eos else self.config.model.eos_token_ids
+        return [
+            Sequence(
+                request=request,
+                index=index,
+                order=(arrival, self._num_requests, index),
+                seed=(seed + index) % 2**64,
+                max_total_tokens=longest_total(request, self.config),
+                stop_ids=(*eos, *params.stop_token_ids),
+                token_ids=np.array(request.prompt_token_ids, np.int32),
+            )
+            for index in range(params.n)
+        ]
+
+    def _take_up(self, sequence: Sequence) -> None:
+        self._sampler.attach(sequence)
+        if sequence.first_scheduled_time is None:
+            sequence.first_scheduled_time = self._clock()
+            if sequence.index == 0:
+                self._num_prompt_tokens += sequence.num_prompt_tokens
+
+    def _run(self, step: ScheduledStep) -> Samples:
+        batch = self._batches.build(step)
+        sampled = None if step.is_sampled.all() else torch.from_numpy(np.flatnonzero(step.is_sampled))
+        logits_SV = self._runner.run(batch, sampled)
+        samples = self._sampler.sample(logits_SV, step.sampled_rows)
+        self._num_steps += 1
+        return samples
+
+    def _collect(self, step: ScheduledStep, samples: Samples) -> None:
+        """Takes the step's tokens into the table, and ends the sequences that they end."""
+        rows, table = step.sampled_rows, self._table
+        self._scheduler.commit(step)
+        table.append_tokens(rows, samples.token_ids)
+        counts = table.num_tokens[rows] - table.num_prompt_tokens[rows]
+        sequences = [table.sequence(row) for row in rows.tolist()]
+        outputs = list(map(_output, sequences, samples.token_ids.tolist(), counts.tolist()))
+        for position, logprobs in samples.logprobs.items():
+            outputs[position].logprobs = [logprobs]
+        for position in np.flatnonzero(counts == 1).tolist():
+            self._begin(sequences[position])
+        is_stop = table.hits_stop(rows, samples.token_ids)
+        for position in np.flatnonzero((is_stop | table.hits_limit(rows)) & ~samples.is_poisoned).tolist():
+            self._finish(sequences[position], outputs[position], is_stop=bool(is_stop[position]))
+        for position in np.flatnonzero(samples.is_poisoned).tolist():
+            self._fail(sequences[position], outputs[position])
+        self._num_generation_tokens += len(outputs)
+        self._outputs += outputs
+
+    def _begin(self, sequence: Sequence) -> None:
+        """Notes the first token; the prompt's blocks are known now, for the other completions to share."""
+        sequence.first_token_time = self._clock()
+        if sequence.index == 0:
+            for sibling in self._live[sequence.request.request_id][1:]:
+                self._scheduler.add(sibling)
+
+    def _finish(self, sequence: Sequence, output: StepOutput, *, is_stop: bool) -> None:
+        output.stop_token_id = output.token_ids[-1] if is_stop else None
+        self._remove(sequence, output, "stop" if is_stop else "length")
+
+    def _fail(self, sequence: Sequence, output: StepOutput) -> None:
+        """Ends a poisoned request, and it alone; what it wrote to the KV cache is not to be found again."""
+        if sequence.row is None:  # a sibling has ended the whole request in this very step
+            return
+        self._blocks.forget(self._table.blocks_of(sequence.row))
+        output.token_ids, output.logprobs = [], None
+        output.num_completion_tokens -= 1
+        output.error = (
+            "the model gave no finite probability to any allowed token (NaN, or everything was forbidden)"
+        )
+        self._remove(sequence, output, "error")
+        self._abort_all(sequence.request.request_id, "error", output.error)
+
+    def _abort_all(self, request_id: str, reason: FinishReason, error: str | None) -> bool:
+        sequences = list(self._live.get(request_id, ()))
+        for sequence in sequences:
+            output = _output(sequence, None, self._num_completion_tokens(sequence))
+            output.error = error
+            self._remove(sequence, output, reason)
+            self._outputs.append(output)
+        return bool(sequences)
+
+    def _remove(self, sequence: Sequence, output: StepOutput, reason: FinishReason) -> None:
+        """Frees all that a sequence holds and completes its last output."""
+        output.finish_reason = reason
+        output.timings = self._timings(sequence)
+        self._scheduler.remove(sequence)
+        request_id = sequence.request.request_id
+        self._live[request_id].remove(sequence)
+        if not self._live[request_id]:
+            del self._live[request_id]
+
+    def _num_completion_tokens(self, sequence: Sequence) -> int:
+        row = sequence.row
+        total = sequence.num_tokens if row is None else int(self._table.num_tokens[row])
+        return total - sequence.num_prompt_tokens
+
+    def _timings(self, sequence: Sequence) -> Timings:
+        now = self._clock()
+        arrival = sequence.request.arrival_time
+        scheduled = sequence.first_scheduled_time or now
+        first = sequence.first_token_time or now
+        return Timings(scheduled - arrival, max(0.0, first - scheduled), now - first)
+
+    def _expire(self) -> None:
+        """Ends the requests whose deadline has passed, waiting or running."""
+        while self._deadlines and self._deadlines[0][0] <= self._clock():
+            request = heapq.heappop(self._deadlines)[-1]
+            live = self._live.get(request.request_id)
+            if live and live[0].request is request:
+                self._abort_all(request.request_id, "aborted", "the deadline passed")
+
+
+def _output(sequence: Sequence, token_id: int | None, num_completion_tokens: int) -> StepOutput:
+    request = sequence.request
+    return StepOutput(
+        request.request_id,
+        sequence.index,
+        [] if token_id is None else [token_id],
+        sequence.num_prompt_tokens,
+        num_completion_tokens,
+        sequence.num_cached_tokens,
+    )

@@ -1,0 +1,36 @@
+"""Runs the model on a step's tensors."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from gpu_worker.layers.batch import Batch
+from gpu_worker.layers.kv_cache import KVCache
+
+
+class Model(Protocol):
+    """What the engine asks of a decoder."""
+
+    def forward(self, batch: Batch, kv_cache: KVCache) -> torch.Tensor:
+        """Hidden states [T, D] after the last norm; writes the new keys and values."""
+        ...
+
+    def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
+        """float32 logits [S, V]."""
+        ...
+
+
+class ModelRunner:
+    """The model and its KV cache."""
+
+    def __init__(self, model: Model, kv_cache: KVCache) -> None:
+        self._model = model
+        self._kv_cache = kv_cache
+
+    def run(self, batch: Batch, sampled: torch.Tensor | None) -> torch.Tensor:
+        """float32 logits [S, V] of the sequences' last new tokens, or of those at the `sampled` positions."""
+        hidden_TD = self._model.forward(batch, self._kv_cache)
+        rows = batch.sample_rows_S if sampled is None else batch.sample_rows_S[sampled]
+        return self._model.logits(hidden_TD[rows])

@@ -1,0 +1,191 @@
+"""Turns the logits of a step into one token for each sequence that is due one.
+
+Each row of the sequence table has its parameters in columns here. What a set of rows needs (who is greedy,
+whose logits are edited and how) is worked out once, and kept until the set changes; a steady decode step is
+then a handful of tensor operations, however many sequences run.
+
+N rows of the sequence table, S sequences that are sampled in this step, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from gpu_worker.engine.logprobs import LogprobReader
+from gpu_worker.engine.penalties import TokenCounts
+from gpu_worker.engine.sampling_ops import draw_filtered, draw_plain, uniforms
+from gpu_worker.engine.sequence import PositionLogprobs, Sequence
+from gpu_worker.engine.sequence_table import Rows, SequenceTable
+from gpu_worker.sampling_params import SamplingParams
+
+_COLUMNS = {
+    "temperature": np.float32,
+    "top_k": np.int64,
+    "top_p": np.float64,
+    "min_p": np.float64,
+    "repetition_penalty": np.float32,
+    "presence_penalty": np.float32,
+    "frequency_penalty": np.float32,
+}
+
+_FILTER_COLUMNS = ("temperature", "top_k", "top_p", "min_p")
+_PENALTY_COLUMNS = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Token ids [S]; those `is_poisoned` mean nothing: the logits held NaN or left no token to choose."""
+
+    token_ids: Rows
+    is_poisoned: NDArray[np.bool_]
+    logprobs: dict[int, PositionLogprobs]  # by position in S, for those who asked
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """Positions in S by what is done to them, and their parameters, on the device."""
+
+    rows: Rows
+    plain: torch.Tensor
+    filtered: torch.Tensor
+    penalised: torch.Tensor
+    biased: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # position, token id, value
+    with_logprobs: Rows
+    columns: dict[str, torch.Tensor]  # [S] each
+    rows_S: torch.Tensor
+
+
+class Sampler:
+    """Owns the sampling parameters of the running sequences."""
+
+    def __init__(
+        self, table: SequenceTable, max_num_seqs: int, vocab_size: int, device: torch.device
+    ) -> None:
+        self._table = table
+        self._device = device
+        self._params: list[SamplingParams] = [SamplingParams()] * max_num_seqs
+        self._columns = {name: np.zeros(max_num_seqs, dtype) for name, dtype in _COLUMNS.items()}
+        self._seeds = np.zeros(max_num_seqs, np.uint64)
+        self._is_random = np.zeros(max_num_seqs, np.bool_)
+        self._is_filtered = np.zeros(max_num_seqs, np.bool_)
+        self._is_penalised = np.zeros(max_num_seqs, np.bool_)
+        self._is_biased = np.zeros(max_num_seqs, np.bool_)
+        self._num_logprobs = np.full(max_num_seqs, -1, np.int64)
+        self._counts = TokenCounts(max_num_seqs, vocab_size, device)
+        self._cached_plan: _Plan | None = None
+
+    def attach(self, sequence: Sequence) -> None:
+        """Takes up the parameters of a sequence that was just given a row."""
+        assert sequence.row is not None
+        row, params = sequence.row, sequence.request.params
+        self._params[row] = params
+        for name, column in self._columns.items():
+            column[row] = getattr(params, name)
+        self._seeds[row] = sequence.seed
+        self._is_random[row] = not params.is_greedy
+        self._is_filtered[row] = not params.is_greedy and params.is_filtered
+        self._is_penalised[row] = params.is_penalised
+        self._is_biased[row] = bool(params.logit_bias)
+        self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
+        if params.is_penalised:
+            self._counts.set_row(row, sequence)
+        self._cached_plan = None
+
+    def sample(self, logits_SV: torch.Tensor, rows: Rows) -> Samples:
+        """Draws a token for each of the rows. float32 logits; edits them in place."""
+        plan = self._plan(rows)
+        logprobs = LogprobReader(logits_SV, plan.with_logprobs) if len(plan.with_logprobs) else None
+        self._edit(logits_SV, plan)
+        peaks_S, token_ids_S = logits_SV.max(dim=-1)
+        self._draw(logits_SV, token_ids_S, plan)
+        self._count(token_ids_S, plan)
+        token_ids = token_ids_S.numpy(force=True)
+        is_poisoned = ~np.isfinite(peaks_S.numpy(force=True))
+        wanted = self._num_logprobs[rows]
+        return Samples(token_ids, is_poisoned, logprobs.read(token_ids, wanted) if logprobs else {})
+
+    def _edit(self, logits_SV: torch.Tensor, plan: _Plan) -> None:
+        positions, token_ids, values = plan.biased
+        if len(positions):
+            logits_SV[positions, token_ids] += values
+        if len(plan.penalised):
+            at = plan.penalised
+            strengths = (plan.columns[name][at] for name in _PENALTY_COLUMNS)
+            logits_SV[at] = self._counts.penalise(logits_SV[at], plan.rows_S[at], *strengths)
+        self._forbid_early_stop(logits_SV, plan.rows)
+
+    def _forbid_early_stop(self, logits_SV: torch.Tensor, rows: Rows) -> None:
+        """No stop token before `min_tokens`."""
+        early = np.flatnonzero(self._table.num_tokens[rows] < self._table.min_total_tokens[rows])
+        if len(early):
+            stop_ids = self._table.stop_ids[rows[early]]
+            position, column = np.nonzero(stop_ids >= 0)
+            logits_SV[self._to(early[position]), self._to(stop_ids[position, column])] = -torch.inf
+
+    def _draw(self, logits_SV: torch.Tensor, token_ids_S: torch.Tensor, plan: _Plan) -> None:
+        """Replaces the likeliest token by a drawn one in the rows that are not greedy."""
+        if not len(plan.plain) and not len(plan.filtered):
+            return
+        uniform_S = self._to(uniforms(self._seeds[plan.rows], self._num_completion_tokens(plan.rows)))
+        columns = plan.columns
+        if len(plan.plain):
+            at = plan.plain
+            token_ids_S[at] = draw_plain(_pick(logits_SV, at), columns["temperature"][at], uniform_S[at])
+        if len(plan.filtered):
+            at = plan.filtered
+            temperature, top_k, top_p, min_p = (columns[name][at] for name in _FILTER_COLUMNS)
+            logits = _pick(logits_SV, at)
+            token_ids_S[at] = draw_filtered(logits, temperature, top_k, top_p, min_p, uniform_S[at])
+
+    def _count(self, token_ids_S: torch.Tensor, plan: _Plan) -> None:
+        if len(plan.penalised):
+            self._counts.add(plan.rows_S[plan.penalised], token_ids_S[plan.penalised])
+
+    def _num_completion_tokens(self, rows: Rows) -> Rows:
+        return self._table.num_tokens[rows] - self._table.num_prompt_tokens[rows]
+
+    def _plan(self, rows: Rows) -> _Plan:
+        if self._cached_plan is None or not np.array_equal(self._cached_plan.rows, rows):
+            self._cached_plan = self._make_plan(rows)
+        return self._cached_plan
+
+    def _make_plan(self, rows: Rows) -> _Plan:
+        filtered = self._is_filtered[rows]
+        return _Plan(
+            rows=rows,
+            plain=self._where(self._is_random[rows] & ~filtered),
+            filtered=self._where(filtered),
+            penalised=self._where(self._is_penalised[rows]),
+            biased=self._biases(rows),
+            with_logprobs=np.flatnonzero(self._num_logprobs[rows] >= 0),
+            columns={name: self._to(column[rows]) for name, column in self._columns.items()},
+            rows_S=self._to(rows),
+        )
+
+    def _biases(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        triples = [
+            (i, token_id, value)
+            for i in np.flatnonzero(self._is_biased[rows]).tolist()
+            for token_id, value in self._params[rows[i]].logit_bias.items()
+        ]
+        positions, token_ids, values = zip(*triples, strict=True) if triples else ((), (), ())
+        return (
+            self._to(np.array(positions, np.int64)),
+            self._to(np.array(token_ids, np.int64)),
+            self._to(np.array(values, np.float32)),
+        )
+
+    def _where(self, mask: NDArray[np.bool_]) -> torch.Tensor:
+        return self._to(np.flatnonzero(mask))
+
+    def _to(self, array: NDArray[np.generic]) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+
+def _pick(logits_SV: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """Rows of the logits; all of them without a copy."""
+    return logits_SV if len(at) == len(logits_SV) else logits_SV[at]

@@ -1,0 +1,96 @@
+"""How a token is drawn: pure functions of logits, parameters and one uniform number a sequence.
+
+A draw inverts the cumulative distribution, so it needs a single random number, and that number is a hash of
+the sequence's seed and the token's position: no generator state, and nothing of the batch, enters it. Every
+row's result is a function of that row alone.
+
+S sequences, V vocabulary, W the likeliest tokens looked at, best first.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+# Most nuclei are narrower than this many tokens; where one is not, its whole row is sorted.
+WINDOW = 512
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MIX_2 = np.uint64(0x94D049BB133111EB)
+
+
+def uniforms(seeds_S: NDArray[np.uint64], positions_S: NDArray[np.int64]) -> NDArray[np.float64]:
+    """A number in [0, 1) for each seed and position: two rounds of SplitMix64 (Steele, Lea, Flood 2014)."""
+    bits = _mix(_mix(seeds_S + _GOLDEN) ^ (positions_S.astype(np.uint64) + np.uint64(1)) * _GOLDEN)
+    # 48 bits, so that a product with the total mass always rounds to less than the total.
+    return (bits >> np.uint64(16)).astype(np.float64) * 2.0**-48
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    x = (x ^ (x >> np.uint64(30))) * _MIX_1
+    x = (x ^ (x >> np.uint64(27))) * _MIX_2
+    return x ^ (x >> np.uint64(31))
+
+
+def draw_plain(logits_SV: torch.Tensor, temperature_S: torch.Tensor, uniform_S: torch.Tensor) -> torch.Tensor:
+    """Token ids int64 [S] from softmax(logits / temperature)."""
+    probs_SV = torch.softmax(logits_SV / temperature_S[:, None], dim=-1)
+    return _invert(torch.cumsum(probs_SV, dim=-1, dtype=torch.float64), uniform_S)
+
+
+def draw_filtered(
+    logits_SV: torch.Tensor,
+    temperature_S: torch.Tensor,
+    top_k_S: torch.Tensor,
+    top_p_S: torch.Tensor,
+    min_p_S: torch.Tensor,
+    uniform_S: torch.Tensor,
+) -> torch.Tensor:
+    """Token ids int64 [S] from what temperature, then top_k, then top_p, then min_p leave.
+
+    top_k = 0 keeps all; top_p is the mass of what top_k left, its last token included.
+    """
+    scaled_SV = logits_SV / temperature_S[:, None]
+    window = min(WINDOW, scaled_SV.shape[1])
+    args = (top_k_S, top_p_S, min_p_S, uniform_S)
+    token_ids, is_exact = _draw_from_likeliest(scaled_SV, window, *args)
+    wide = torch.nonzero(~is_exact).squeeze(1)
+    if window < scaled_SV.shape[1] and len(wide):
+        args_wide = (arg[wide] for arg in args)
+        token_ids[wide], _ = _draw_from_likeliest(scaled_SV[wide], scaled_SV.shape[1], *args_wide)
+    return token_ids
+
+
+def _draw_from_likeliest(
+    scaled_SV: torch.Tensor,
+    window: int,
+    top_k_S: torch.Tensor,
+    top_p_S: torch.Tensor,
+    min_p_S: torch.Tensor,
+    uniform_S: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draws from the `window` likeliest tokens; also says for which rows no kept token lies beyond them."""
+    vocab_size = scaled_SV.shape[1]
+    probs_SV = torch.softmax(scaled_SV, dim=-1, dtype=torch.float64)
+    probs_SW, ids_SW = probs_SV.topk(window, dim=-1)
+    mass_SW = probs_SW.cumsum(dim=-1)
+    limit_S = torch.where(top_k_S > 0, top_k_S, vocab_size)
+    last_S = limit_S.clamp(max=window)[:, None] - 1
+    top_k_mass_S1 = torch.where(limit_S[:, None] < vocab_size, mass_SW.gather(1, last_S), 1.0)
+    is_kept_SW = torch.arange(window, device=scaled_SV.device) < limit_S[:, None]
+    is_kept_SW &= mass_SW - probs_SW < top_p_S[:, None] * top_k_mass_S1
+    is_kept_SW &= probs_SW >= min_p_S[:, None] * probs_SW[:, :1]
+    # The likeliest token always stays, and each rule cuts a tail: what is kept is a prefix.
+    num_kept_S = is_kept_SW.sum(dim=-1).clamp(min=1)
+    kept_mass_SW = torch.where(is_kept_SW, mass_SW, mass_SW.gather(1, num_kept_S[:, None] - 1))
+    ranks_S = _invert(kept_mass_SW, uniform_S)
+    is_exact_S = torch.where(limit_S < vocab_size, limit_S <= window, num_kept_S < window)
+    return ids_SW.gather(1, ranks_S[:, None]).squeeze(1), is_exact_S
+
+
+def _invert(mass_SW: torch.Tensor, uniform_S: torch.Tensor) -> torch.Tensor:
+    """First index whose cumulative mass exceeds the uniform share of the total, int64 [S]."""
+    target_S1 = uniform_S[:, None] * mass_SW[:, -1:]
+    return torch.searchsorted(mass_SW, target_S1, right=True).squeeze(1).clamp(max=mass_SW.shape[1] - 1)
