@@ -136,7 +136,6 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     ),
     "at most 20 logprobs a token are given, taken before any penalty": ("max-logprobs", "logprobs-mode"),
     "flags come from the command line or from WINT2_SERVE_* variables": ("config",),
-    "the gateway checks no API keys: put a proxy that does before it": ("api-key",),
 }
 
 # Values that ask for what is so anyway; the flag is then passed over in silence.

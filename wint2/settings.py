@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from protos.rpc.settings import StringList
+
 Port = Annotated[int, Field(ge=1, le=65535)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -20,7 +22,8 @@ class ServeSettings(BaseSettings):
     """Start the whole stack on this machine: tokenizer, worker(s) and gateway, as child processes.
 
     Ctrl-C or SIGTERM drains and ends all of them; a second one ends them at once. A flag that is not given
-    leaves the choice to the service concerned; `python -m gateway --help` and the like tell its default.
+    leaves the choice to the service concerned; `python -m gateway --help` and the like tell its default, and
+    further flags, which are set by the environment (--max-choices by WINT2_GATEWAY_MAX_CHOICES).
     FastDeploy's other flags are understood: each is translated, noted as needless, or refused with a reason.
     """
 
@@ -79,6 +82,8 @@ class ServeSettings(BaseSettings):
         True, description="cut long prompts into pieces between decode steps"
     )
 
+    api_key: StringList = Field((), repr=False, description="key that clients must send; may be repeated")
+    api_key_file: Path | None = Field(None, description="file with one such key a line, read when it changes")
     request_timeout: float | None = Field(None, gt=0, description="seconds until a request is ended")
     max_waiting: Count | None = Field(None, description="most requests that wait for a worker")
     queue_timeout: float | None = Field(None, gt=0, description="seconds until a waiting request is refused")

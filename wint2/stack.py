@@ -27,7 +27,7 @@ WORKER_FLAGS = (
     "enable_prefix_caching",
     "enable_chunked_prefill",
 )
-GATEWAY_FLAGS = ("request_timeout", "max_waiting", "queue_timeout", "metrics_port")
+GATEWAY_FLAGS = ("request_timeout", "max_waiting", "queue_timeout", "metrics_port", "api_key_file")
 COMMON_FLAGS = ("drain_timeout", "log_level", "log_format")
 
 
@@ -124,7 +124,9 @@ def _visible_gpus(settings: ServeSettings, index: int) -> dict[str, str]:
 def _gateway(settings: ServeSettings, address: str, tokenizer: str) -> Service:
     http = ["--http-host", settings.host, "--http-port", str(settings.port)]
     flags = [*http, "--listen", address, "--tokenizer", tokenizer, *_flags(settings, GATEWAY_FLAGS)]
-    return Service("gateway", _python("gateway", *flags, *_common(settings)), address)
+    # A command line can be read by every user of the machine, an environment cannot.
+    keys = {"WINT2_GATEWAY_API_KEY": ",".join(settings.api_key)} if settings.api_key else {}
+    return Service("gateway", _python("gateway", *flags, *_common(settings)), address, keys)
 
 
 def _common(settings: ServeSettings) -> Iterator[str]:

@@ -55,5 +55,11 @@ def test_each_worker_has_its_own_gpus_and_port():
     assert used_ports(options)["--engine-worker-queue-port + 1"] == 9001
 
 
+def test_api_keys_stay_off_the_command_line():
+    gateway = plan_stack(settings(api_key=("one", "two")), Path("/run/x")).gateway
+    assert gateway.environment == {"WINT2_GATEWAY_API_KEY": "one,two"}
+    assert "one" not in " ".join(gateway.command)
+
+
 def flag(command: tuple[str, ...], name: str) -> str:
     return command[command.index(name) + 1]

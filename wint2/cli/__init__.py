@@ -22,7 +22,7 @@ HELP = "Serve 2-bit (WINT2) Mixture-of-Experts models.\n\nusage: wint2 COMMAND [
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs a command. Wrong input ends the process with 2, a failure with 1, and a line on stderr says why."""
+    """Runs a command. Wrong input ends the process with 2, a failure with 1; a line on stderr says why."""
     words = sys.argv[1:] if arguments is None else arguments
     if not words or words[0] in ("--help", "-h", "help"):
         print(HELP + "".join(f"  {name:<10} {text}\n" for name, text in COMMANDS.items()))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+import urllib.error
+import urllib.request
 from typing import Annotated
 
-import httpx
 import typer
 
 from protos.rpc.errors import ServiceError
@@ -39,10 +40,13 @@ def _ask(address: str, service: str) -> str:
     """Why the service is not healthy; empty if it is."""
     try:
         if address.startswith(("http://", "https://")):
-            response = httpx.get(address, timeout=TRY_SECONDS)
-            return "" if response.is_success else f"HTTP {response.status_code}: {response.text[:200]}"
-        asyncio.run(wait_until_serving(address, TRY_SECONDS, service))
-    except (httpx.HTTPError, ServiceError) as error:
+            urllib.request.urlopen(address, timeout=TRY_SECONDS).close()
+        else:
+            asyncio.run(wait_until_serving(address, TRY_SECONDS, service))
+    except urllib.error.HTTPError as error:
+        with error:
+            return f"HTTP {error.code}: {error.read(200).decode(errors='replace')}"
+    except (OSError, ServiceError) as error:
         return str(error)
     return ""
 
