@@ -13,12 +13,14 @@ from protos.rpc.channel import open_channel
 from protos.rpc.errors import InvalidArgumentError
 from protos.rpc.server import GrpcServer, Service
 from protos.wint2.common.v1 import common_pb2
+from protos.wint2.scheduler.v1 import scheduler_pb2, scheduler_pb2_grpc
 from protos.wint2.tokenizer.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 from protos.wint2.worker.v1 import worker_pb2, worker_pb2_grpc
 
 EOS = 2
 FIRST_BYTE_ID = 3  # FakeTokenizer's id of byte 0; ids below are special
 WORKER = worker_pb2.DESCRIPTOR.services_by_name["WorkerService"]
+SCHEDULER = scheduler_pb2.DESCRIPTOR.services_by_name["SchedulerService"]
 TOKENIZER = tokenizer_pb2.DESCRIPTOR.services_by_name["TokenizerService"]
 
 
@@ -135,6 +137,27 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         return worker_pb2.GetLoadResponse(num_running=len(self.live), num_kv_blocks=64)
 
 
+class FakeScheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
+    """Takes every worker in and remembers what it said; places nothing."""
+
+    def __init__(self) -> None:
+        self.registrations: list[scheduler_pb2.WorkerRegistration] = []
+        self.loads: list[scheduler_pb2.WorkerLoad] = []
+        self.num_connected = 0
+
+    async def RegisterWorker(self, requests: Any, context: Any) -> AsyncIterator[Any]:
+        self.num_connected += 1
+        try:
+            async for request in requests:
+                if request.HasField("registration"):
+                    self.registrations.append(request.registration)
+                    yield scheduler_pb2.RegisterWorkerResponse(worker_id=f"worker-{len(self.registrations)}")
+                else:
+                    self.loads.append(request.load)
+        finally:
+            self.num_connected -= 1
+
+
 def encode(text: str) -> common_pb2.TokenIds:
     return common_pb2.TokenIds(ids=[byte + FIRST_BYTE_ID for byte in text.encode()])
 
@@ -162,6 +185,15 @@ def tokenizer_service(servicer: tokenizer_pb2_grpc.TokenizerServiceServicer) -> 
         tokenizer_pb2_grpc.add_TokenizerServiceServicer_to_server,
         servicer,
         frozenset({"Detokenize"}),
+    )
+
+
+def scheduler_service(servicer: scheduler_pb2_grpc.SchedulerServiceServicer) -> Service:
+    return Service(
+        SCHEDULER,
+        scheduler_pb2_grpc.add_SchedulerServiceServicer_to_server,
+        servicer,
+        frozenset({"RegisterWorker"}),
     )
 
 

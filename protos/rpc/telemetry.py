@@ -34,12 +34,9 @@ def bind_request_id(request_id: str) -> None:
 
 def request_id_from(metadata: Iterable[tuple[str, str | bytes]]) -> str:
     """The caller's `x-request-id`, made harmless for logs and headers; a new one if there is none."""
-    for key, value in metadata:
-        if key == REQUEST_ID_KEY and isinstance(value, str) and value:
-            return "".join(
-                char for char in value[:MAX_REQUEST_ID_CHARS] if char.isascii() and char.isprintable()
-            )
-    return uuid.uuid4().hex
+    sent = next((value for key, value in metadata if key == REQUEST_ID_KEY), "")
+    kept = "".join(char for char in str(sent)[:MAX_REQUEST_ID_CHARS] if char.isascii() and char.isprintable())
+    return kept or uuid.uuid4().hex
 
 
 def outgoing_metadata() -> tuple[tuple[str, str], ...]:

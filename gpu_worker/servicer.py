@@ -1,0 +1,111 @@
+"""WorkerService over the engine loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+
+from gpu_worker import messages
+from gpu_worker.engine.errors import EngineDeadError, EngineDrainingError, RequestError
+from gpu_worker.engine.loop import EngineLoop
+from gpu_worker.engine.sequence import Request, StepOutput
+from gpu_worker.metrics import RequestMetrics
+from protos.rpc import errors
+from protos.rpc.interceptor import Context
+from protos.wint2.worker.v1 import worker_pb2, worker_pb2_grpc
+
+
+class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
+    """`model` and `server` are the answers of GetModelInfo and GetServerInfo, fixed from the start."""
+
+    def __init__(
+        self,
+        engine: EngineLoop,
+        model: worker_pb2.GetModelInfoResponse,
+        server: worker_pb2.GetServerInfoResponse,
+        metrics: RequestMetrics,
+    ) -> None:
+        self._engine = engine
+        self._model = model
+        self._server = server
+        self._metrics = metrics
+        self._ready_time = time.monotonic()
+
+    async def Generate(
+        self, request: worker_pb2.GenerateRequest, context: Context
+    ) -> AsyncIterator[worker_pb2.GenerateResponse]:
+        taken = messages.read_request(request, context.time_remaining())
+        try:
+            # Closing the outputs aborts the sequence: so a cancelled or expired call frees its blocks.
+            async with (
+                aclosing(self._engine.generate(taken)) as outputs,
+                aclosing(self._respond(taken, outputs)) as responses,
+            ):
+                async for response in responses:
+                    yield response
+        except (RequestError, EngineDeadError, EngineDrainingError) as error:
+            raise messages.service_error(error, taken, self._model.max_model_len) from error
+
+    async def Abort(self, request: worker_pb2.AbortRequest, context: Context) -> worker_pb2.AbortResponse:
+        aborted = [request_id for request_id in request.request_ids if await self._engine.abort(request_id)]
+        return worker_pb2.AbortResponse(aborted_request_ids=aborted)
+
+    async def Drain(self, request: worker_pb2.DrainRequest, context: Context) -> worker_pb2.DrainResponse:
+        timeout = request.timeout_seconds if request.HasField("timeout_seconds") else None
+        if timeout is not None and not timeout >= 0:
+            raise errors.InvalidArgumentError(
+                f"timeout_seconds must be at least 0, got {timeout}", field="timeout_seconds"
+            )
+        return worker_pb2.DrainResponse(num_aborted=await self._engine.drain(timeout))
+
+    async def GetModelInfo(
+        self, request: worker_pb2.GetModelInfoRequest, context: Context
+    ) -> worker_pb2.GetModelInfoResponse:
+        return self._model
+
+    async def GetServerInfo(
+        self, request: worker_pb2.GetServerInfoRequest, context: Context
+    ) -> worker_pb2.GetServerInfoResponse:
+        response = worker_pb2.GetServerInfoResponse(uptime_seconds=time.monotonic() - self._ready_time)
+        response.MergeFrom(self._server)
+        return response
+
+    async def GetLoad(
+        self, request: worker_pb2.GetLoadRequest, context: Context
+    ) -> worker_pb2.GetLoadResponse:
+        load = self._engine.load()
+        return worker_pb2.GetLoadResponse(
+            num_running=load.num_running,
+            num_waiting=load.num_waiting,
+            num_used_blocks=load.num_used_blocks,
+            num_kv_blocks=load.num_blocks,
+            num_pending_prefill_tokens=load.num_pending_prefill_tokens,
+            generation_tokens_per_second=load.generation_tokens_per_second,
+            engine_silence_ms=self._engine.silence_ms,
+            is_draining=load.is_draining,
+        )
+
+    async def _respond(
+        self, request: Request, outputs: AsyncIterator[StepOutput]
+    ) -> AsyncIterator[worker_pb2.GenerateResponse]:
+        """The prompt's facts, then deltas, then the finish."""
+        observer = self._metrics.start(request)
+        is_first = True
+        async for output in outputs:
+            observer.add(output)
+            if output.error is not None:
+                raise self._failure(output)
+            if is_first:
+                params = messages.effective_params(request, self._model.max_model_len)
+                yield messages.prompt_info(output, params)
+                is_first = False
+            for response in messages.responses(output):
+                yield response
+
+    def _failure(self, output: StepOutput) -> errors.ServiceError:
+        if not self._engine.is_healthy:
+            return errors.UnavailableError(str(output.error), reason="ENGINE_DEAD")
+        if output.finish_reason == "aborted":
+            return errors.DeadlineError(str(output.error))
+        return errors.InternalError(str(output.error))
