@@ -1,0 +1,116 @@
+// The only door to the hardware: every instruction that is not plain C++ has one name here. The same names exist in
+// C++ for the host emulator (tests/cuda_kernels/emulator/device.h), so that the kernels run, and are tested, with no GPU.
+// No CUDA header is included: there is no include path to get wrong.
+#pragma once
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+#ifdef WINT2_EMULATOR
+#include "device.h"
+#else
+
+#define DEVICE __device__ __forceinline__
+#define KERNEL(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) u8 name[]
+
+DEVICE u32 prmt(u32 a, u32 b, u32 selector) {
+    u32 d;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(selector));
+    return d;
+}
+
+// The sum of products of four bytes, plus c: with a one-hot `b` it selects a byte, on the multiplier's pipe.
+DEVICE u32 dot_bytes(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("dp4a.u32.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
+// (a & mask) | bits in one instruction.
+DEVICE u32 and_or(u32 a, u32 mask, u32 bits) {
+    u32 d;
+    asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(d) : "r"(a), "r"(mask), "r"(bits));
+    return d;
+}
+
+DEVICE u32 float_bits(float x) { return __float_as_uint(x); }
+DEVICE float bits_float(u32 x) { return __uint_as_float(x); }
+
+// Two floats to two halves in one register, `low` in the low half, rounded to nearest even.
+DEVICE u32 pack_half2(float low, float high) {
+    u32 d;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+}
+DEVICE u32 pack_bfloat2(float low, float high) {
+    u32 d;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+}
+DEVICE float half_float(u16 x) {
+    float d;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(d) : "h"(x));
+    return d;
+}
+
+// Copies that bypass registers. They land in the order of their groups; wait_copies<n> leaves the n newest in flight.
+DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+DEVICE void copy16(void* shared, const void* global) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global)
+                 : "memory");
+}
+DEVICE void copy4(void* shared, const void* global) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+}
+DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kInFlight>
+DEVICE void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kInFlight) : "memory");
+}
+
+// D = A·B + C on one warp's m16n8k16 fragments, float accumulators. Lane 4g+t holds, of A: rows g (a0, a2) and g+8
+// (a1, a3), columns 2t.. (a0, a1) and 2t+8.. (a2, a3); of B: rows 2t.. (b0) and 2t+8.. (b1) of column g; of C and D:
+// row g (c0, c1) and g+8 (c2, c3), columns 2t and 2t+1.
+DEVICE void mma_half(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+DEVICE void mma_bfloat(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
+DEVICE void sync_block() { __syncthreads(); }
+DEVICE void sync_warp() { __syncwarp(); }
+DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(~0u, x, lanes); }
+DEVICE u32 shuffle_xor(u32 x, int lanes) { return __shfl_xor_sync(~0u, x, lanes); }
+DEVICE u32 lanes_like_mine(u32 x) { return __match_any_sync(~0u, x); }
+DEVICE int popcount(u32 x) { return __popc(x); }
+DEVICE void atomic_max(u32* p, u32 x) { atomicMax(p, x); }
+
+DEVICE float fast_exp(float x) { return __expf(x); }
+DEVICE float fast_divide(float a, float b) { return __fdividef(a, b); }
+DEVICE float round_down(float x) { return floorf(x); }
+DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+DEVICE int to_int(float x) { return __float2int_rz(x); }
+#endif
+
+DEVICE float bfloat_float(u16 x) { return bits_float((u32)x << 16); }
+DEVICE float low_bfloat(u32 pair) { return bits_float(pair << 16); }
+DEVICE float high_bfloat(u32 pair) { return bits_float(pair & 0xFFFF0000u); }
+DEVICE u16 float_bfloat(float x) { return (u16)pack_bfloat2(x, 0.f); }
+DEVICE float positive(float x) { return bits_float(float_bits(x) & 0x7FFFFFFFu); }
+DEVICE int smaller(int a, int b) { return a < b ? a : b; }
+DEVICE float larger(float a, float b) { return a > b ? a : b; }
+
+struct __align__(16) Words4 {
+    u32 x, y, z, w;
+};
+struct __align__(16) Floats4 {
+    float v[4];
+};

@@ -1,0 +1,132 @@
+// Rows to experts and back: the sorted order of routed rows, the token tiles, and the sum over a token's experts.
+#include "common.cuh"
+
+constexpr int THREADS = 1024, WARPS = THREADS / 32;
+
+struct Tile {
+    int expert, first, rows, unused;
+};
+
+// The largest magnitude of one bfloat row, by the whole block.
+DEVICE void row_max(const u32* pairs, int num_pairs, u32* result, u32* shared) {
+    u32 largest = 0;
+    for (int i = threadIdx.x; i < num_pairs; i += THREADS) {
+        u32 pair = pairs[i] & 0x7FFF7FFFu, low = pair << 16, high = pair & 0xFFFF0000u;
+        u32 both = low > high ? low : high;
+        largest = both > largest ? both : largest;
+    }
+    for (int lanes = 16; lanes; lanes /= 2) {
+        u32 other = shuffle_xor(largest, lanes);
+        largest = other > largest ? other : largest;
+    }
+    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = largest;
+    sync_block();
+    if (threadIdx.x == 0) {
+        for (int i = 1; i < WARPS; ++i) largest = shared[i] > largest ? shared[i] : largest;
+        *result = largest;
+    }
+}
+
+// Sorts the routed rows by expert, stably: warp w takes the w-th run of (token, slot) pairs; counts[w][e] becomes the
+// position of that warp's first row of expert e.
+struct Sorter {
+    const int* expert_ids;
+    int num_routed, num_experts;
+    int* counts;  // shared, [WARPS + 1, E]; the last row holds the experts' first positions
+
+    DEVICE int run_length() const { return (num_routed + THREADS - 1) / THREADS * 32; }
+
+    // Calls visit(pair, expert, position) for the warp's pairs, moving its counts on.
+    template <class Visit>
+    DEVICE void sweep(Visit visit) {
+        int warp = threadIdx.x / 32, lane = threadIdx.x % 32, length = run_length();
+        for (int i = 0; i < length; i += 32) {
+            int pair = warp * length + i + lane;
+            bool live = pair < num_routed;
+            int expert = live ? expert_ids[pair] : num_experts;
+            u32 same = lanes_like_mine((u32)expert), earlier = same & ((1u << lane) - 1);
+            int* count = &counts[warp * num_experts + (live ? expert : 0)];
+            int position = *count + popcount(earlier);
+            sync_warp();
+            if (live && earlier == 0) *count += popcount(same);
+            sync_warp();
+            if (live) visit(pair, expert, position);
+        }
+    }
+
+    DEVICE void count() {
+        for (int i = threadIdx.x; i < WARPS * num_experts; i += THREADS) counts[i] = 0;
+        sync_block();
+        sweep([](int, int, int) {});
+        sync_block();
+    }
+
+    // Exclusive sums: over warps inside an expert (one thread an expert), then over experts.
+    DEVICE void scan() {
+        int* totals = counts + WARPS * num_experts;
+        for (int e = threadIdx.x; e < num_experts; e += THREADS) {
+            int sum = 0;
+            for (int w = 0; w < WARPS; ++w) {
+                int own = counts[w * num_experts + e];
+                counts[w * num_experts + e] = sum;
+                sum += own;
+            }
+            totals[e] = sum;
+        }
+        sync_block();
+        if (threadIdx.x == 0) {
+            int sum = 0;
+            for (int e = 0; e < num_experts; ++e) {
+                int own = totals[e];
+                totals[e] = sum;
+                sum += own;
+            }
+            totals[num_experts] = sum;
+        }
+        sync_block();
+        for (int i = threadIdx.x; i < WARPS * num_experts; i += THREADS) counts[i] += totals[i % num_experts];
+        sync_block();
+    }
+};
+
+// Block 0: `sorted` [R] (position -> token·A + slot), `tiles` of at most tile_rows rows, `num_tiles`, and zeros in
+// routed_max [R]. Blocks 1..T: the largest magnitude of each token's activations.
+KERNEL(THREADS, 1) dispatch(const int* expert_ids, int num_routed, int num_experts, int tile_rows, const u32* x,
+                            int x_pairs, int* sorted, Tile* tiles, int* num_tiles, u32* x_max, u32* routed_max) {
+    DYNAMIC_SHARED(shared);
+    if (blockIdx.x > 0) {
+        int token = blockIdx.x - 1;
+        row_max(x + (long)token * x_pairs, x_pairs, &x_max[token], (u32*)shared);
+        return;
+    }
+    for (int i = threadIdx.x; i < num_routed; i += THREADS) routed_max[i] = 0;
+    Sorter sorter = {expert_ids, num_routed, num_experts, (int*)shared};
+    sorter.count();
+    sorter.scan();
+    sorter.sweep([&](int pair, int, int position) { sorted[position] = pair; });
+    const int* first = sorter.counts + WARPS * num_experts;
+    if (threadIdx.x == 0) {
+        int count = 0;
+        for (int e = 0; e < num_experts; ++e) {
+            for (int row = first[e]; row < first[e + 1]; row += tile_rows) {
+                tiles[count++] = {e, row, smaller(tile_rows, first[e + 1] - row), 0};
+            }
+        }
+        *num_tiles = count;
+    }
+}
+
+// out[token] = bfloat of the sum of its experts' rows, in slot order; the rows come weighted.
+KERNEL(256, 4) combine(const float* rows, u16* out, int channels, int experts_per_token) {
+    int channel = (blockIdx.y * 256 + threadIdx.x) * 4;
+    if (channel >= channels) return;
+    const float* row = rows + (long)blockIdx.x * experts_per_token * channels + channel;
+    Floats4 sum = *(const Floats4*)row;
+    for (int slot = 1; slot < experts_per_token; ++slot) {
+        Floats4 value = *(const Floats4*)(row + (long)slot * channels);
+        for (int i = 0; i < 4; ++i) sum.v[i] += value.v[i];
+    }
+    u32* packed = (u32*)(out + (long)blockIdx.x * channels + channel);
+    packed[0] = pack_bfloat2(sum.v[0], sum.v[1]);
+    packed[1] = pack_bfloat2(sum.v[2], sum.v[3]);
+}

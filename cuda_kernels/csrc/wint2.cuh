@@ -1,0 +1,100 @@
+// WINT2 codes to tensor-core fragments, in registers.
+//
+// A byte b of channel n means the 15-bit number u = floor(b·code_scale[n] + code_zp[n] + 1/2), whose four overlapping
+// six-bit fields are four weights plus 32:
+//
+//      bit of u   14 13 12 | 11 10  9 |  8  7  6 |  5  4  3 |  2  1  0
+//                '----- field 0 -----'
+//                           '----- field 1 -----'
+//                                      '----- field 2 -----'
+//                                                 '----- field 3 -----'
+//
+// Packing (cuda_kernels/packing.py) finds integers A, B with u = (b·A + B) >> 17 for all 256 bytes, so that one IMAD
+// leaves u in bits 17..31; overflow is harmless, u counts modulo 2^15. The upper halves of two such words make one
+// register Q, each half holding u in bits 1..15:
+//
+//      half precision    Q & 0x007E | 0x6400 = 1024 + 2·field 3      Q>>6 & 0x007E | 0x6400 = 1024 + 2·field 1
+//      (10-bit mantissa) Q & 0x03F0 | 0x6400 = 1024 + 16·field 2     Q>>6 & 0x03F0 | 0x6400 = 1024 + 16·field 0
+//
+// Two fields of four are in place; one shift brings the other two there. The bfloat mantissa has seven bits: there the
+// fields are brought one after another to 128 + 2·field. The factors (2, 16) divide the activations, the offsets
+// (1024 + 2·32, ...) leave through the accumulator's start value, so neither costs an instruction per weight.
+#pragma once
+#include "common.cuh"
+
+// The constants of the two rows (g and g+8) of one lane in one 16-channel tile.
+struct Channels {
+    u32 a[2], b[2];
+};
+
+#ifdef WINT2_BFLOAT
+constexpr float FACTOR_ODD = 0.5f, FACTOR_EVEN = 0.5f;             // of the activation that meets fields 3, 1 | 2, 0
+constexpr float OFFSET_ODD = 128 + 64, OFFSET_EVEN = 128 + 64;     // what the field's register holds at weight zero
+DEVICE u32 pack_activations(float low, float high) { return pack_bfloat2(low, high); }
+DEVICE float unpack_activation(u32 half) { return low_bfloat(half); }
+DEVICE float activation_scale(u32) { return 1.f; }
+DEVICE void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) { mma_bfloat(d, a, b0, b1, c); }
+DEVICE void fields(u32 q, u32& field3, u32& field2, u32& field1, u32& field0) {
+    field3 = and_or(q, 0x007E007Eu, 0x43004300u);
+    field2 = and_or(q >> 3, 0x007E007Eu, 0x43004300u);
+    field1 = and_or(q >> 6, 0x007E007Eu, 0x43004300u);
+    field0 = and_or(q >> 9, 0x007E007Eu, 0x43004300u);
+}
+#else
+constexpr float FACTOR_ODD = 0.5f, FACTOR_EVEN = 0.0625f;
+constexpr float OFFSET_ODD = 1024 + 64, OFFSET_EVEN = 1024 + 512;
+DEVICE u32 pack_activations(float low, float high) { return pack_half2(low, high); }
+DEVICE float unpack_activation(u32 half) { return half_float((u16)half); }
+// The power of two that brings a row's largest magnitude into [2^14, 2^15): bfloat values down to 2^-28 of it stay
+// exact in half precision, factors included.
+DEVICE float activation_scale(u32 max_bits) {
+    int exponent = (int)(max_bits >> 23);
+    if (exponent == 0) return 1.f;
+    int wanted = 127 + 14 + 127 - exponent;
+    return bits_float((u32)(wanted < 1 ? 1 : wanted > 253 ? 253 : wanted) << 23);
+}
+DEVICE void mma(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const float (&c)[4]) { mma_half(d, a, b0, b1, c); }
+DEVICE void fields(u32 q, u32& field3, u32& field2, u32& field1, u32& field0) {
+    field3 = and_or(q, 0x007E007Eu, 0x64006400u);
+    field2 = and_or(q, 0x03F003F0u, 0x64006400u);
+    u32 shifted = q >> 6;
+    field1 = and_or(shifted, 0x007E007Eu, 0x64006400u);
+    field0 = and_or(shifted, 0x03F003F0u, 0x64006400u);
+}
+#endif
+
+// u in bits 17..31.
+template <bool kInteger>
+DEVICE u32 expand(u32 word, int byte, u32 a, u32 b) {
+#ifdef WINT2_PERMUTE
+    u32 code = prmt(word, 0, 0x4440 | byte);
+#else
+    u32 code = dot_bytes(word, 1u << 8 * byte, 0);
+#endif
+    if (kInteger) return code * a + b;
+    // A channel for which no integers do: here a and b are the floats code_scale and code_zp + 1/2.
+    float u = round_down(fused((float)(int)code, bits_float(a), bits_float(b)));
+    float wrapped = fused(-round_down(u * 0x1p-15f), 0x1p15f, u);
+    return (u32)to_int(wrapped) << 17;
+}
+
+// Codes 2·pair and 2·pair+1 of one row's word: eight weights in four registers.
+template <bool kInteger>
+DEVICE void expand_pair(u32 word, int pair, u32 a, u32 b, u32& field3, u32& field2, u32& field1, u32& field0) {
+    u32 q = prmt(expand<kInteger>(word, 2 * pair, a, b), expand<kInteger>(word, 2 * pair + 1, a, b), 0x7632);
+    fields(q, field3, field2, field1, field0);
+}
+
+// A fragments of mma number 2·pair (fields 3 and 2) and 2·pair+1 (fields 1 and 0) of one 64-group.
+template <bool kInteger>
+DEVICE void decode(u32 row, u32 row8, int pair, const Channels& channels, u32 (&first)[4], u32 (&second)[4]) {
+    expand_pair<kInteger>(row, pair, channels.a[0], channels.b[0], first[0], first[2], second[0], second[2]);
+    expand_pair<kInteger>(row8, pair, channels.a[1], channels.b[1], first[1], first[3], second[1], second[3]);
+}
+
+// The 4-bit local scale number `index` (0..3) of a word, as a float: its bits are put in a mantissa where they stand.
+template <int kIndex>
+DEVICE float local_scale(u32 word) {
+    constexpr float unit = 1.f / (1 << 4 * kIndex);
+    return fused(bits_float(and_or(word, 15u << 4 * kIndex, 0x4B000000u)), unit, -0x1p23f * unit);
+}

@@ -1,0 +1,214 @@
+"""Stored WINT2 experts to the bytes that csrc/moe_wint2.cu streams, and back.
+
+A record holds one pair of 16-channel tiles over all of K: gate and up of the same 16 features, or 32 neighbouring
+features of a down projection. K advances in steps of 128 (two 64-groups h):
+
+    record   scales u32 [steps, 8], padded to 128 bytes | codes u8 [steps, tile 2, lane 32, 16]
+
+    lane 4g+t holds, for h and r in {0, 1}, as bytes 4(2h+r)..4(2h+r)+3, codes 4t..4t+3 of group h of channel g + 8r
+    scale word g holds the local scales of channels g and g+8 as nibbles number 4·tile + 2h + r
+
+so that a warp reads 512 consecutive bytes and every lane finds in its sixteen the operands of its own mma fragments.
+"""
+
+import logging
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from cuda_kernels.formats import ccq
+from cuda_kernels.formats.layout import KOrder
+
+log = logging.getLogger(__name__)
+
+TILE = 16  # channels of one tensor-core tile
+STEP = 128  # of K; two 64-groups
+FRACTION_BITS = 17
+_SEARCHED = 64  # multipliers tried on either side of the rounded one
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWint2:
+    """All experts' weights of one projection, laid out for the kernel. E experts, P pairs, K rows padded to STEP."""
+
+    records: Tensor  # u8 [E, P, record bytes]
+    channels: Tensor  # i32 [E, P, 8, 8]: of channels (tile, r) = (0,0) (0,1) (1,0) (1,1) the multiplier A, then B
+    integer: Tensor  # i32 [E, P]: 1 if A, B are integers; 0 if they are the bits of code_scale and code_zp + 1/2
+    super_scales: Tensor  # f32 [E, P, 2, TILE]
+    num_rows: int  # K, padded
+    num_columns: int  # N as stored: gate and up counted both
+    is_gated: bool
+    k_order: KOrder
+
+    @property
+    def num_experts(self) -> int:
+        return self.records.shape[0]
+
+    @property
+    def num_pairs(self) -> int:
+        return self.records.shape[1]
+
+    @property
+    def num_steps(self) -> int:
+        return self.num_rows // STEP
+
+    @property
+    def num_features(self) -> int:
+        """Outputs of the projection after SwiGLU, if it is gated."""
+        return self.num_columns // 2 if self.is_gated else self.num_columns
+
+    def to(self, device: torch.device | str) -> "PackedWint2":
+        moved = {name: value.to(device) for name, value in self.__dict__.items() if isinstance(value, Tensor)}
+        return replace(self, **moved)
+
+
+def pack_wint2(
+    quant_weight: Tensor,
+    weight_scale: Tensor,
+    super_scales: Tensor,
+    code_scale: Tensor,
+    code_zp: Tensor,
+    *,
+    is_gated: bool,
+    k_order: KOrder = "shuffled",
+) -> PackedWint2:
+    """Packs stacked experts: u8 [E, K/4, N], u8 [E, K/128, N] and three [E, N], on the tensors' own device.
+
+    A gated projection's columns are all gates, then all ups. Columns are padded with zero scales to whole tiles.
+    """
+    num_rows, num_columns = 4 * quant_weight.shape[1], quant_weight.shape[2]
+    if num_rows % STEP:
+        raise ValueError(f"quant_weight: {num_rows} rows, need a multiple of {STEP}")
+    pairs = [_paired(tensor, is_gated) for tensor in (quant_weight, weight_scale, super_scales, code_scale, code_zp)]
+    records = torch.cat([_pack_scales(pairs[1]), _pack_codes(pairs[0])], dim=-1)
+    channels, integer = _pack_channels(pairs[3], pairs[4])
+    return PackedWint2(
+        records=records,
+        channels=channels,
+        integer=integer,
+        super_scales=pairs[2].float().contiguous(),
+        num_rows=num_rows,
+        num_columns=num_columns,
+        is_gated=is_gated,
+        k_order=k_order,
+    )
+
+
+def unpack_codes(packed: PackedWint2) -> Tensor:
+    """The stored bytes, u8 [E, K/4, N]."""
+    codes = packed.records[:, :, _scale_bytes(packed.num_steps) :]
+    lanes = codes.reshape(*codes.shape[:2], packed.num_steps, 2, 8, 4, 2, 2, 4)  # E P steps i g t h r j
+    rows = lanes.permute(0, 2, 6, 5, 8, 1, 3, 7, 4)  # E steps h t j P i r g
+    return _unpaired(rows.reshape(packed.num_experts, packed.num_rows // 4, -1, 2, TILE), packed)
+
+
+def unpack_local_scales(packed: PackedWint2) -> Tensor:
+    """The local scales of every 64-group, u8 [E, K/64, N]."""
+    words = packed.records[:, :, : packed.num_steps * 32].contiguous().view(torch.int32)
+    words = words.view(packed.num_experts, packed.num_pairs, packed.num_steps, 8, 1)
+    nibbles = (words >> torch.arange(0, 32, 4, device=words.device) & 15).to(torch.uint8)
+    nibbles = nibbles.view(*words.shape[:4], 2, 2, 2)  # E P steps g i h r
+    groups = nibbles.permute(0, 2, 5, 1, 4, 6, 3)  # E steps h P i r g
+    return _unpaired(groups.reshape(packed.num_experts, packed.num_rows // 64, -1, 2, TILE), packed)
+
+
+def code_points(packed: PackedWint2) -> Tensor:
+    """The 15-bit codes that the kernel makes of the 256 bytes, i16 [E, 256, N]."""
+    constants = packed.channels.view(packed.num_experts, -1, 8, 2, 2, 2)  # E P g (A,B) i r
+    constants = constants.permute(3, 0, 1, 4, 5, 2).reshape(2, packed.num_experts, -1, 2, TILE)
+    integer = packed.integer.bool()[..., None, None].expand_as(constants[0])
+    a, b, use = (_unpaired(t.unsqueeze(1), packed)[:, 0] for t in (*constants, integer))
+    byte = torch.arange(ccq.NUM_CODES, device=a.device)[None, :, None]
+    exact = (byte * a[:, None].long() + b[:, None].long() >> FRACTION_BITS & ccq.CODE_MASK).short()
+    scale, offset = a.view(torch.float32), b.view(torch.float32)
+    value = ccq.fma(byte.float().expand_as(exact), scale[:, None].expand_as(exact), offset[:, None].expand_as(exact))
+    rounded = torch.where(use[:, None], 0.0, value).floor().long() & ccq.CODE_MASK
+    return torch.where(use[:, None], exact, rounded.short())
+
+
+def integer_constants(code_scale: Tensor, code_zp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A, B (i32 [N]) with (b·A + B) >> 17 = code b, modulo 2^15, for all 256 bytes b; and where there are such.
+
+    For a multiplier A the allowed B are an interval, the intersection of one a byte; multipliers near
+    code_scale·2^17 are tried until the interval is not empty.
+    """
+    codes = _linear_codes(code_scale, code_zp)  # i64 [256, N], not yet modulo 2^15
+    nearest = (code_scale.double() * 2**FRACTION_BITS).round().long()
+    a, b, found = nearest.clone(), torch.zeros_like(nearest), torch.zeros_like(nearest, dtype=torch.bool)
+    for distance in sorted(range(-_SEARCHED, _SEARCHED + 1), key=abs):
+        open_channels = (~found).nonzero().squeeze(1)
+        if open_channels.numel() == 0:
+            break
+        multiplier = nearest[open_channels] + distance
+        low, high = _offset_interval(codes[:, open_channels], multiplier)
+        fits = low <= high
+        hit = open_channels[fits]
+        a[hit], b[hit], found[hit] = multiplier[fits], low[fits], True
+    return _wrap(a), _wrap(b), found
+
+
+def _offset_interval(codes: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor]:
+    byte = torch.arange(ccq.NUM_CODES, device=codes.device).unsqueeze(1)
+    least = (codes << FRACTION_BITS) - byte * multiplier
+    return least.amax(0), least.amin(0) + (1 << FRACTION_BITS) - 1
+
+
+def _linear_codes(code_scale: Tensor, code_zp: Tensor) -> Tensor:
+    byte = torch.arange(ccq.NUM_CODES, dtype=torch.float32, device=code_scale.device).unsqueeze(1)
+    shape = (ccq.NUM_CODES, code_scale.numel())
+    return ccq.fma(byte.expand(shape), code_scale.expand(shape), (code_zp + 0.5).expand(shape)).floor().long()
+
+
+def _wrap(value: Tensor) -> Tensor:
+    return (value & 0xFFFFFFFF).to(torch.uint32).view(torch.int32)
+
+
+def _paired(tensor: Tensor, is_gated: bool) -> Tensor:
+    """Columns [..., N] to [..., P, tile 2, TILE], zero-padded."""
+    halves = tensor.unflatten(-1, (2, -1)) if is_gated else tensor.unsqueeze(-2)
+    unit = TILE if is_gated else 2 * TILE
+    padded = torch.nn.functional.pad(halves, (0, -halves.shape[-1] % unit))
+    if is_gated:
+        return padded.unflatten(-1, (-1, TILE)).transpose(-3, -2)
+    return padded.squeeze(-2).unflatten(-1, (-1, 2, TILE))
+
+
+def _unpaired(tensor: Tensor, packed: PackedWint2) -> Tensor:
+    """[..., P, 2, TILE] to columns [..., N]."""
+    if packed.is_gated:
+        halves = tensor.transpose(-3, -2).flatten(-2)[..., : packed.num_features]
+        return halves.flatten(-2)
+    return tensor.flatten(-3)[..., : packed.num_columns]
+
+
+def _scale_bytes(steps: int) -> int:
+    return -(-steps * 32 // 128) * 128
+
+
+def _pack_codes(codes: Tensor) -> Tensor:
+    num_experts, _, num_pairs = codes.shape[:3]
+    rows = codes.reshape(num_experts, -1, 2, 4, 4, num_pairs, 2, 2, 8)  # E steps h t j P i r g
+    return rows.permute(0, 5, 1, 6, 8, 3, 2, 7, 4).reshape(num_experts, num_pairs, -1)  # E P steps i g t h r j
+
+
+def _pack_scales(scales: Tensor) -> Tensor:
+    num_experts, steps, num_pairs = scales.shape[:3]
+    groups = torch.stack([scales >> 4, scales & 15], dim=2)  # E steps h P i 16: the even group is the high nibble
+    nibbles = groups.reshape(num_experts, steps, 2, num_pairs, 2, 2, 8).permute(0, 3, 1, 6, 4, 2, 5)  # E P steps g i h r
+    low, high = nibbles.reshape(num_experts, num_pairs, -1, 2).unbind(-1)
+    packed = low | high << 4
+    return torch.nn.functional.pad(packed, (0, _scale_bytes(steps) - packed.shape[-1]))
+
+
+def _pack_channels(code_scale: Tensor, code_zp: Tensor) -> tuple[Tensor, Tensor]:
+    a, b, found = integer_constants(code_scale.flatten().float(), code_zp.flatten().float())
+    if not bool(found.all()):
+        log.info("%d of %d channels have no exact integer form and take the float path", (~found).sum(), found.numel())
+    shape = code_scale.shape
+    integer = found.view(shape).flatten(-2).all(-1)
+    use = integer[..., None, None]
+    a = torch.where(use, a.view(shape), code_scale.float().contiguous().view(torch.int32))
+    b = torch.where(use, b.view(shape), (code_zp.float() + 0.5).view(torch.int32))
+    both = torch.stack([a, b], dim=2).unflatten(-1, (2, 8))  # E P (A,B) i r g
+    return both.permute(0, 1, 5, 2, 3, 4).reshape(*shape[:2], 8, 8).contiguous(), integer.int()
