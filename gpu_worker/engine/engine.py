@@ -73,6 +73,10 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._live or self._outputs)
 
+    def is_live(self, request_id: str) -> bool:
+        """Whether a sequence of this request has not ended."""
+        return request_id in self._live
+
     def add(self, request: Request) -> None:
         """Queues a request. Raises RequestError or ContextLengthError if it can never run."""
         check_request(request, self.config)
@@ -98,6 +102,10 @@ class Engine:
             self._take_up(sequence)
         if len(step.rows):
             self._collect(step, self._run(step))
+        return self.take_outputs()
+
+    def take_outputs(self) -> list[StepOutput]:
+        """Outputs that no step has told of yet: those of aborted requests."""
         outputs, self._outputs = self._outputs, []
         return outputs
 
