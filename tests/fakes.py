@@ -198,9 +198,9 @@ def scheduler_service(servicer: scheduler_pb2_grpc.SchedulerServiceServicer) -> 
 
 
 @asynccontextmanager
-async def serving(*services: Service, listen: str = "127.0.0.1:0") -> AsyncIterator[str]:
-    """A SERVING server with these services; its address."""
-    server = GrpcServer(listen, [service.descriptor for service in services])
+async def serving(*services: Service, listen: str = "127.0.0.1:0", **options: Any) -> AsyncIterator[str]:
+    """A SERVING server with these services; its address. `options` are GrpcServer's."""
+    server = GrpcServer(listen, [service.descriptor for service in services], **options)
     address = await server.start()
     for service in services:
         server.add(service)

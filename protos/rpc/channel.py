@@ -10,6 +10,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos.rpc.errors import UnavailableError
+from protos.rpc.security import PLAINTEXT, Security
 from protos.rpc.server import MAX_MESSAGE_BYTES
 
 OPTIONS: tuple[tuple[str, int], ...] = (
@@ -29,8 +30,9 @@ OPTIONS: tuple[tuple[str, int], ...] = (
 REWATCH_SECONDS = 0.1
 
 
-def open_channel(address: str, *, credentials: grpc.ChannelCredentials | None = None) -> grpc.aio.Channel:
+def open_channel(address: str, security: Security = PLAINTEXT) -> grpc.aio.Channel:
     """A channel to "host:port" or "unix:/path"; it connects on first use and reconnects by itself."""
+    credentials = security.channel_credentials
     if credentials is None:
         return grpc.aio.insecure_channel(address, options=OPTIONS)
     return grpc.aio.secure_channel(address, credentials, options=OPTIONS)

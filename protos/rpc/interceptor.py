@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext, suppress
 from typing import Any, TypeAlias
 
 import grpc
@@ -17,6 +17,7 @@ from protos.rpc.telemetry import REQUEST_ID_KEY, bind_request_id, request_id_fro
 logger = logging.getLogger(__name__)
 
 Context = grpc.aio.ServicerContext[Any, Any]
+Authenticate = Callable[[str, dict[str, str | bytes]], None]
 Handler: TypeAlias = "grpc.RpcMethodHandler[Any, Any]"
 Behavior = Callable[[Any, Context], Any]
 
@@ -37,16 +38,19 @@ class CallsInFlight:
         self._empty = asyncio.Event()
         self._empty.set()
 
-    def enter(self) -> None:
+    @contextmanager
+    def stay(self) -> Iterator[None]:
+        """The time of one call inside."""
         if self.is_closed:
             raise DRAINING
         self.num_calls += 1
         self._empty.clear()
-
-    def leave(self) -> None:
-        self.num_calls -= 1
-        if self.num_calls == 0:
-            self._empty.set()
+        try:
+            yield
+        finally:
+            self.num_calls -= 1
+            if self.num_calls == 0:
+                self._empty.set()
 
     async def close(self, timeout_seconds: float) -> int:
         """Lets no call in, waits for those inside; the number that were not done in time."""
@@ -61,9 +65,10 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
     whose calls last as long as their client does: a drain neither refuses nor awaits them.
     """
 
-    def __init__(self, background: set[str]) -> None:
+    def __init__(self, background: set[str], authenticate: Authenticate | None = None) -> None:
         self.calls = CallsInFlight()
         self._background = background
+        self._authenticate = authenticate
 
     async def intercept_service(
         self,
@@ -110,12 +115,15 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
 
     @asynccontextmanager
     async def _guard(self, method: str, context: Context) -> AsyncIterator[None]:
-        request_id = request_id_from(context.invocation_metadata() or ())
+        metadata = dict(context.invocation_metadata() or ())
+        request_id = request_id_from(metadata.items())
         bind_request_id(request_id)
         started = time.perf_counter()
         outcome = "OK"
         try:
-            with _Counted(self.calls, is_counted=method not in self._background):
+            if self._authenticate is not None:
+                self._authenticate(method, metadata)
+            with nullcontext() if method in self._background else self.calls.stay():
                 await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
                 yield
         except ServiceError as error:
@@ -134,22 +142,6 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
             await _abort(context, hidden)
         finally:
             logger.debug("%s %s %.1f ms", method, outcome, (time.perf_counter() - started) * 1e3)
-
-
-class _Counted:
-    """A call's stay among those in flight."""
-
-    def __init__(self, calls: CallsInFlight, *, is_counted: bool) -> None:
-        self._calls = calls
-        self._is_counted = is_counted
-
-    def __enter__(self) -> None:
-        if self._is_counted:
-            self._calls.enter()
-
-    def __exit__(self, *_: object) -> None:
-        if self._is_counted:
-            self._calls.leave()
 
 
 async def _abort(context: Context, error: ServiceError) -> None:

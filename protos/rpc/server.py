@@ -22,8 +22,9 @@ from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha._async import ReflectionServicer
 
 from protos.rpc.errors import StartupError, UnavailableError
-from protos.rpc.interceptor import Context, ServiceInterceptor
+from protos.rpc.interceptor import Authenticate, Context, ServiceInterceptor
 from protos.rpc.process import Shutdown
+from protos.rpc.security import PLAINTEXT, Security
 
 logger = logging.getLogger(__name__)
 
@@ -86,21 +87,26 @@ async def _refuse_while_starting(_request: bytes, _context: Context) -> bytes:
 
 
 class GrpcServer:
-    """Serves `services` on `listen`: "host:port", port 0 for a free one, or "unix:/path"."""
+    """Serves `services` on `listen`: "host:port", port 0 for a free one, or "unix:/path".
+
+    `authenticate` sees the method and metadata of every call but health and reflection, and raises
+    UnauthenticatedError or PermissionDeniedError to refuse it.
+    """
 
     def __init__(
         self,
         listen: str,
         services: Iterable[ServiceDescriptor],
         *,
-        credentials: grpc.ServerCredentials | None = None,
+        security: Security = PLAINTEXT,
+        authenticate: Authenticate | None = None,
     ) -> None:
         self.listen = self.address = listen
         self._names = tuple(service.full_name for service in services)
-        self._credentials = credentials
+        self._credentials = security.server_credentials
         self._health = HealthServicer()
         self._background: set[str] = set()
-        self._interceptor = ServiceInterceptor(self._background)
+        self._interceptor = ServiceInterceptor(self._background, authenticate)
         self._handlers = _Handlers(self._names)
         self._server = grpc.aio.server(
             interceptors=(self._interceptor,), options=OPTIONS, handlers=(self._handlers,)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, CliApp, NoDecode, SettingsConfigDict, SettingsError
 
 from protos.rpc.process import fail
+from protos.rpc.security import Security, read_security
 
 
 def _split(value: Any) -> Any:
@@ -45,6 +47,20 @@ class ServiceSettings(BaseSettings):
     log_format: Literal["text", "json"] = Field(
         "text", description="one readable line an event, or one JSON object"
     )
+    tls_cert: Path | None = Field(
+        None, description="PEM certificate of this service: its gRPC port speaks TLS; also shown to others"
+    )
+    tls_key: Path | None = Field(None, description="PEM private key of --tls-cert")
+    tls_ca: Path | None = Field(
+        None, description="PEM authority of the other services: they are called with TLS"
+    )
+    tls_client_auth: bool = Field(
+        False, description="callers must show a certificate of --tls-ca (mutual TLS)"
+    )
+
+    def read_security(self) -> Security:
+        """The TLS files that the flags name. Raises StartupError."""
+        return read_security(self.tls_cert, self.tls_key, self.tls_ca, is_mutual=self.tls_client_auth)
 
     @classmethod
     def from_command_line(cls, arguments: list[str] | None = None) -> Self:
