@@ -11,8 +11,8 @@ import torch
 class Batch:
     """Prefill chunks and decodes of S sequences, T new tokens in all, the tokens of a sequence side by side.
 
-    A token's slot is `block_id * block_size + offset`; slot -1 marks a padding token, whose result nobody reads.
-    `context_lens_S` counts a sequence's cached and new tokens, so its last new token sits at position
+    A token's slot is `block_id * block_size + offset`; slot -1 marks a padding token, whose result nobody
+    reads. `context_lens_S` counts a sequence's cached and new tokens, so its last new token sits at position
     `context_len - 1`. Rows of `block_tables_SM` beyond a sequence's blocks hold any valid block id.
     """
 

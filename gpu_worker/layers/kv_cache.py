@@ -1,4 +1,4 @@
-"""The paged KV cache's memory: one key and one value tensor a layer, cut into blocks of `block_size` tokens."""
+"""The paged KV cache's memory: a key and a value tensor for each layer, cut into blocks of tokens."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 class KVCache:
-    """Keys and values of every layer, each [B, P, G, C]: B blocks, P slots in a block, G KV heads, head dim C."""
+    """Keys and values of every layer, each [B, P, G, C]: B blocks of P slots, G KV heads, head dim C."""
 
     def __init__(
         self,

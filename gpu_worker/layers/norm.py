@@ -1,0 +1,28 @@
+"""RMS normalization with its weight.
+
+Shapes: T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from cuda_kernels import norm
+
+
+@dataclass(frozen=True, slots=True)
+class RMSNorm:
+    """Normalizes the residual stream, after adding what the previous sublayer gave."""
+
+    weight_D: torch.Tensor
+    eps: float
+
+    def __call__(
+        self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(normed, residual): residual is hidden plus the old one, or hidden where the stream begins."""
+        if residual_TD is None:
+            return norm.rms_norm(hidden_TD, self.weight_D, self.eps), hidden_TD
+        return norm.add_rms_norm(hidden_TD, residual_TD, self.weight_D, self.eps)

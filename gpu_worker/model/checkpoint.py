@@ -1,0 +1,91 @@
+"""A checkpoint folder: which safetensors files it has, and every tensor in them by name.
+
+model.safetensors                                      one file
+model.safetensors.index.json + model-*.safetensors     shards
+rank0/, rank1/, ...  each with one of the above        a tensor-parallel checkpoint of Paddle's
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpu_worker.model.errors import CheckpointError
+from gpu_worker.model.safetensors_file import HeaderError, SafetensorsFile, StoredTensor
+
+INDEX_NAME = "model.safetensors.index.json"
+Tensors = Mapping[str, StoredTensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The tensors of every rank; a checkpoint that is not cut for tensor parallelism has one rank."""
+
+    path: Path
+    ranks: tuple[Tensors, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensors in self.ranks for tensor in tensors.values())
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Map every weight file of a folder. Raises CheckpointError with all that is wrong with the headers."""
+    problems: list[str] = []
+    if not path.is_dir():
+        raise CheckpointError([f"{path}: no such folder"])
+    ranks = tuple(_open_folder(folder, problems) for folder in _rank_folders(path))
+    if problems:
+        raise CheckpointError(problems)
+    return Checkpoint(path, ranks)
+
+
+def _rank_folders(path: Path) -> list[Path]:
+    if not (path / "rank0").is_dir():
+        return [path]
+    count = sum(1 for folder in path.glob("rank*") if folder.name[4:].isdigit() and folder.is_dir())
+    return [path / f"rank{rank}" for rank in range(count)]
+
+
+def _open_folder(folder: Path, problems: list[str]) -> Tensors:
+    tensors: dict[str, StoredTensor] = {}
+    for name in _file_names(folder, problems):
+        for tensor in _open_file(folder / name, problems):
+            if tensor.name in tensors:
+                other = tensors[tensor.name].file.path.name
+                problems.append(f"tensor {tensor.name!r} is in {other} and in {name}")
+            tensors[tensor.name] = tensor
+    return tensors
+
+
+def _open_file(path: Path, problems: list[str]) -> Iterator[StoredTensor]:
+    try:
+        yield from SafetensorsFile(path).tensors.values()
+    except HeaderError as error:
+        problems += error.problems
+    except OSError as error:
+        problems.append(f"{path}: {error.strerror}")
+
+
+def _file_names(folder: Path, problems: list[str]) -> list[str]:
+    if (folder / INDEX_NAME).exists():
+        return _indexed_names(folder / INDEX_NAME, problems)
+    names = sorted(file.name for file in folder.glob("*.safetensors"))
+    if not names:
+        problems.append(f"{folder}: no *.safetensors file in it")
+    return names
+
+
+def _indexed_names(index: Path, problems: list[str]) -> list[str]:
+    """The shards that the index lists; a name may not lead out of the folder."""
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weight_map.values()))
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        problems.append(f'{index}: no valid index, expected {{"weight_map": {{tensor: file}}}}')
+        return []
+    outside = [name for name in names if Path(name).name != name]
+    problems += [f"{index}: file {name!r} is not a plain name in this folder" for name in outside]
+    return [name for name in names if name not in outside]

@@ -1,0 +1,78 @@
+"""The decoder: embedding, layers of attention and (dense or mixture-of-experts) feed-forward, head.
+
+Shapes: T tokens in the step, S sampled rows, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from gpu_worker.config import ModelConfig
+from gpu_worker.layers.attention import Attention
+from gpu_worker.layers.batch import Batch
+from gpu_worker.layers.kv_cache import KVCache
+from gpu_worker.layers.linear import Linear, SwiGLU
+from gpu_worker.layers.moe import MoE
+from gpu_worker.layers.norm import RMSNorm
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderLayer:
+    """residual += attention(norm(residual)); residual += mlp(norm(residual))."""
+
+    input_norm: RMSNorm
+    attention: Attention
+    post_attention_norm: RMSNorm
+    mlp: SwiGLU | MoE
+
+    def __call__(
+        self,
+        hidden_TD: torch.Tensor,
+        residual_TD: torch.Tensor | None,
+        batch: Batch,
+        kv: tuple[torch.Tensor, torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(hidden, residual): the sum of both is the layer's output; the next norm adds them."""
+        normed_TD, residual_TD = self.input_norm(hidden_TD, residual_TD)
+        attended_TD = self.attention(normed_TD, batch, *kv)
+        normed_TD, residual_TD = self.post_attention_norm(attended_TD, residual_TD)
+        return self.mlp(normed_TD), residual_TD
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReport:
+    """Bytes of weights by kind: as stored in the checkpoint, and as held on the device."""
+
+    stored_bytes: Mapping[str, int]
+    device_bytes: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Decoder:
+    """A loaded model. On a GPU `forward` never waits for the device, so that a CUDA graph can hold it."""
+
+    config: ModelConfig
+    embedding_VD: torch.Tensor
+    layers: tuple[DecoderLayer, ...]
+    final_norm: RMSNorm
+    lm_head: Linear
+    memory: MemoryReport
+
+    @torch.inference_mode()
+    def forward(self, batch: Batch, kv_cache: KVCache) -> torch.Tensor:
+        """The final hidden state of every token of the step, [T, D]; stores its keys and values."""
+        hidden_TD = F.embedding(batch.input_ids_T, self.embedding_VD)
+        residual_TD: torch.Tensor | None = None
+        for layer, kv in zip(self.layers, kv_cache.layers, strict=True):
+            hidden_TD, residual_TD = layer(hidden_TD, residual_TD, batch, kv)
+        normed_TD, _ = self.final_norm(hidden_TD, residual_TD)
+        return normed_TD
+
+    @torch.inference_mode()
+    def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
+        """Next-token scores of the rows that sample: [S, V] float32."""
+        return self.lm_head(hidden_SD).float()
