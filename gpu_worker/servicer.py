@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 
 from gpu_worker import messages
@@ -88,14 +88,14 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
 
     async def _respond(
         self, request: Request, outputs: AsyncIterator[StepOutput]
-    ) -> AsyncIterator[worker_pb2.GenerateResponse]:
+    ) -> AsyncGenerator[worker_pb2.GenerateResponse]:
         """The prompt's facts, then deltas, then the finish."""
         observer = self._metrics.start(request)
         is_first = True
         async for output in outputs:
             observer.add(output)
             if output.error is not None:
-                raise self._failure(output)
+                raise _failure(output)
             if is_first:
                 params = messages.effective_params(request, self._model.max_model_len)
                 yield messages.prompt_info(output, params)
@@ -103,9 +103,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             for response in messages.responses(output):
                 yield response
 
-    def _failure(self, output: StepOutput) -> errors.ServiceError:
-        if not self._engine.is_healthy:
-            return errors.UnavailableError(str(output.error), reason="ENGINE_DEAD")
-        if output.finish_reason == "aborted":
-            return errors.DeadlineError(str(output.error))
-        return errors.InternalError(str(output.error))
+
+def _failure(output: StepOutput) -> errors.ServiceError:
+    """What an output that carries an error is on the wire."""
+    message = str(output.error)
+    return (
+        errors.DeadlineError(message) if output.finish_reason == "aborted" else errors.InternalError(message)
+    )

@@ -42,6 +42,7 @@ async def worker(model=None, **limits):
     """A stub of a worker on the hash model, and the engine loop behind it."""
     engine = make_engine(model=model, **limits)
     loop = EngineLoop(engine)
+    loop.start()
     info = worker_pb2.GetModelInfoResponse(
         served_model_name="hash", max_model_len=LIMIT, vocab_size=VOCAB_SIZE
     )
@@ -218,7 +219,8 @@ async def test_cancelling_frees_the_blocks_at_once():
         call = stub.Generate(request(max_tokens=60))
         responses = aiter(call)
         await anext(responses)
-        assert (await stub.GetLoad(worker_pb2.GetLoadRequest())).num_used_blocks > 0
+        while not (await stub.GetLoad(worker_pb2.GetLoadRequest())).num_used_blocks:
+            await asyncio.sleep(0.01)
         call.cancel()
         async with asyncio.timeout(0.5):
             await until_idle(stub)
@@ -250,7 +252,7 @@ async def test_drain_waits_for_the_running_and_takes_no_new_ones():
     async with worker(SlowModel()) as (stub, _):
         responses = aiter(stub.Generate(request(max_tokens=20)))
         await anext(responses)
-        drained = asyncio.create_task(anext_unary(stub.Drain(worker_pb2.DrainRequest())))
+        drained = asyncio.ensure_future(stub.Drain(worker_pb2.DrainRequest()))
         while not (await stub.GetLoad(worker_pb2.GetLoadRequest())).is_draining:
             await asyncio.sleep(0.01)
         error = await refusal(stub.Generate(request()))
@@ -307,10 +309,6 @@ async def test_what_it_is_and_how_it_runs():
         server = await stub.GetServerInfo(worker_pb2.GetServerInfoRequest())
         assert (server.instance_id, server.block_size) == ("i", 4)
         assert server.uptime_seconds > 0
-
-
-async def anext_unary(call):
-    return await call
 
 
 async def test_end_of_sequence_ends_unless_ignored():
