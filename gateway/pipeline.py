@@ -14,7 +14,7 @@ from gateway.completion import Completion, stop_token_ids
 from gateway.deadline import remaining
 from gateway.merge import merge
 from gateway.metrics import GatewayMetrics
-from gateway.requests import CompletionRequest, EncodedPrompt, Event, Prompt
+from gateway.requests import EncodedPrompt, Event, Prompt, TextRequest
 from protos.rpc.errors import InvalidArgumentError, UnavailableError
 from protos.wint2.common.v1.common_pb2 import SamplingParams, TokenIds
 from protos.wint2.scheduler.v1.scheduler_pb2 import ScheduleRequest
@@ -47,13 +47,11 @@ class Pipeline:
         self._workers = workers
         self._metrics = metrics
 
-    async def encode(self, request: CompletionRequest) -> list[EncodedPrompt]:
+    async def encode(self, request: TextRequest) -> list[EncodedPrompt]:
         """Every prompt as token ids."""
         return list(await asyncio.gather(*(self._encode(prompt, request) for prompt in request.prompts)))
 
-    async def run(
-        self, request: CompletionRequest, prompts: Sequence[EncodedPrompt]
-    ) -> AsyncGenerator[Event]:
+    async def run(self, request: TextRequest, prompts: Sequence[EncodedPrompt]) -> AsyncGenerator[Event]:
         """The events of all choices, each choice's in order. Closing the iterator cancels everything."""
         choices = [
             self._choice(index, request, prompts[index // request.num_choices].token_ids)
@@ -64,7 +62,7 @@ class Pipeline:
                 async for event in events:
                     yield event
 
-    async def _encode(self, prompt: Prompt, request: CompletionRequest) -> EncodedPrompt:
+    async def _encode(self, prompt: Prompt, request: TextRequest) -> EncodedPrompt:
         timeout = remaining(request.deadline)
         if isinstance(prompt, ApplyChatTemplateRequest):
             rendered = await self.tokenizer.apply_chat_template(prompt, timeout)
@@ -78,9 +76,7 @@ class Pipeline:
             raise InvalidArgumentError("the prompt has no tokens", field="prompt")
         return EncodedPrompt(token_ids, prompt)
 
-    async def _choice(
-        self, index: int, request: CompletionRequest, prompt: Sequence[int]
-    ) -> AsyncGenerator[Event]:
+    async def _choice(self, index: int, request: TextRequest, prompt: Sequence[int]) -> AsyncGenerator[Event]:
         """One completion. Until its first token is out, a worker that fails is replaced by another."""
         schedule = schedule_request(index, request, prompt)
         generate = generate_request(index, request, prompt)
@@ -103,7 +99,7 @@ class Pipeline:
                     logger.warning("%s; trying another worker", error)
 
     async def _attempt(
-        self, index: int, request: CompletionRequest, generate: GenerateRequest, placement: Placement
+        self, index: int, request: TextRequest, generate: GenerateRequest, placement: Placement
     ) -> AsyncGenerator[Event]:
         options = DetokenizeOptions(
             skip_special_tokens=request.skip_special_tokens,
@@ -127,7 +123,7 @@ class Pipeline:
         )
 
 
-def schedule_request(index: int, request: CompletionRequest, prompt: Sequence[int]) -> ScheduleRequest:
+def schedule_request(index: int, request: TextRequest, prompt: Sequence[int]) -> ScheduleRequest:
     schedule = ScheduleRequest(
         request_id=f"{request.request_id}-{index}",
         model=request.model,
@@ -147,7 +143,7 @@ def affinity_key(prompt: Sequence[int], cache_salt: str) -> int:
     return int.from_bytes(digest, "little")
 
 
-def generate_request(index: int, request: CompletionRequest, prompt: Sequence[int]) -> GenerateRequest:
+def generate_request(index: int, request: TextRequest, prompt: Sequence[int]) -> GenerateRequest:
     return GenerateRequest(
         request_id=f"{request.request_id}-{index}",
         prompt=TokenIds(ids=prompt),

@@ -12,7 +12,7 @@ Prompt = str | Sequence[int] | ApplyChatTemplateRequest
 
 
 @dataclass(frozen=True)
-class CompletionRequest:
+class TextRequest:
     """What a client asks for. `deadline` is a time of `time.monotonic`, in seconds.
 
     Each prompt is completed `num_choices` times; choice j of prompt i has the index i * num_choices + j.

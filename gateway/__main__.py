@@ -1,0 +1,31 @@
+"""The gateway as a process: flags in, servers up, signals drain."""
+
+from __future__ import annotations
+
+import sys
+
+import uvloop
+
+from gateway.settings import GatewaySettings
+from gateway.stack import running
+from protos.rpc.process import Shutdown, run_service
+from protos.rpc.telemetry import configure_logging
+
+
+async def serve(settings: GatewaySettings, shutdown: Shutdown) -> None:
+    async with running(settings) as gateway:
+        shutdown.arm()
+        url = f"http://{settings.http_host}:{gateway.http_port}"
+        print(f"ready gateway on {url}, gRPC on {gateway.grpc_address}", flush=True)
+        await shutdown.wait()
+        await gateway.drain(settings.drain_timeout)
+
+
+def main() -> None:
+    settings = GatewaySettings.from_command_line(sys.argv[1:])
+    configure_logging(settings.log_level, "gateway", settings.log_format)
+    run_service(lambda shutdown: serve(settings, shutdown), loop_factory=uvloop.new_event_loop)
+
+
+if __name__ == "__main__":
+    main()

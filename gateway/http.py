@@ -1,0 +1,186 @@
+"""The OpenAI-compatible HTTP API: parse, run the pipeline, answer in OpenAI's shape."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from importlib.metadata import version
+from typing import Any
+
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from gateway import responses, translate
+from gateway.edge import Access
+from gateway.http_errors import from_service_error
+from gateway.metrics import GatewayMetrics
+from gateway.pipeline import Pipeline
+from gateway.readiness import Readiness
+from gateway.requests import EncodedPrompt, Event, TextPiece, TextRequest
+from gateway.schemas import ChatCompletionRequest, CommonRequest, CompletionRequest
+from gateway.settings import GatewaySettings
+from gateway.sse import DONE, EventStream, sse, until_disconnect
+from gateway.views import ChatView, Folded, TextView
+from protos.rpc.errors import NotFoundError, ServiceError, UnavailableError
+from protos.wint2.gateway.v1.gateway_pb2 import Model
+
+View = ChatView | TextView
+
+
+class OpenAiApi:
+    """The handlers. FastAPI reads their signatures; errors are raised, never returned."""
+
+    def __init__(
+        self, pipeline: Pipeline, readiness: Readiness, metrics: GatewayMetrics, settings: GatewaySettings
+    ) -> None:
+        self._pipeline = pipeline
+        self._readiness = readiness
+        self._metrics = metrics
+        self._settings = settings
+        self._limits = translate.Limits(settings.max_choices, settings.trust_request_chat_template)
+
+    async def chat_completions(self, body: ChatCompletionRequest, request: Request) -> Response:
+        """Answers a conversation."""
+        text_request = translate.chat(body, self._deadline(), self._limits)
+        return await until_disconnect(request.receive, self._chat(body, text_request, request.state.access))
+
+    async def completions(self, body: CompletionRequest, request: Request) -> Response:
+        """Completes prompts."""
+        text_request = translate.completion(body, self._deadline(), self._limits)
+        return await until_disconnect(request.receive, self._text(body, text_request, request.state.access))
+
+    async def models(self) -> Response:
+        """The models that can be asked for now."""
+        return JSONResponse({"object": "list", "data": [model_body(m) for m in self._readiness.models()]})
+
+    async def model(self, model: str) -> Response:
+        """One model."""
+        found = [offered for offered in self._readiness.models() if offered.id == model]
+        if not found:
+            raise NotFoundError(
+                f"The model {model!r:.200} does not exist", field="model", reason="MODEL_NOT_FOUND"
+            )
+        return JSONResponse(model_body(found[0]))
+
+    async def ready(self) -> Response:
+        """200 while requests can be served; 503 and the reasons while not."""
+        reasons = self._readiness.reasons
+        body: responses.Health = {"status": "not ready" if reasons else "ready", "reasons": reasons}
+        headers = {"retry-after": "1"} if reasons else None
+        return JSONResponse(body, 503 if reasons else 200, headers)
+
+    async def live(self) -> Response:
+        """200 while this process runs."""
+        return JSONResponse({"status": "alive"})
+
+    async def version(self) -> Response:
+        return JSONResponse({"version": version("wint2")})
+
+    async def metrics(self) -> Response:
+        """Prometheus' text format."""
+        return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def _chat(self, body: ChatCompletionRequest, request: TextRequest, access: Access) -> Response:
+        prompts = await self._pipeline.encode(request)
+        view = ChatView(body, request, prompts, self._model(body), self._pipeline.tokenizer.token_texts)
+        return await self._answer(view, access)
+
+    async def _text(self, body: CompletionRequest, request: TextRequest, access: Access) -> Response:
+        prompts = await self._pipeline.encode(request)
+        echoes = await self._texts(prompts) if body.echo else ()
+        texts = self._pipeline.tokenizer.token_texts
+        view = TextView(body, request, prompts, self._model(body), texts, echoes=echoes)
+        return await self._answer(view, access)
+
+    async def _answer(self, view: View, access: Access) -> Response:
+        access.num_prompt_tokens = sum(len(prompt.token_ids) for prompt in view.prompts)
+        events = observed(self._pipeline.run(view.request, view.prompts), view, access)
+        if not view.body.stream:
+            return JSONResponse(await fold(view, events))
+        # Until the first event there is no status line: errors before it are real HTTP errors.
+        first = await anext(events)
+        return EventStream(stream(view, first, events), self._settings.write_timeout)
+
+    async def _texts(self, prompts: Sequence[EncodedPrompt]) -> list[str]:
+        decode = self._pipeline.tokenizer.decode
+        return [
+            await decode(prompt.token_ids, skip_special_tokens=False) if prompt.text is None else prompt.text
+            for prompt in prompts
+        ]
+
+    def _deadline(self) -> float:
+        if self._readiness.is_draining:
+            raise UnavailableError("the server is draining", reason="DRAINING", retry_after_seconds=5)
+        return time.monotonic() + self._settings.request_timeout
+
+    def _model(self, body: CommonRequest) -> str:
+        names = [model.id for model in self._readiness.models()]
+        return body.model or next(iter(names), "")
+
+
+async def observed(events: AsyncGenerator[Event], view: View, access: Access) -> AsyncGenerator[Event]:
+    """The same events, counted for usage and the access line as they pass."""
+    async with aclosing(events):
+        async for event in events:
+            view.tally.on_event(event)
+            access.num_completion_tokens = view.tally.num_completion_tokens
+            if access.first_token_at is None and isinstance(event, TextPiece):
+                access.first_token_at = time.perf_counter()
+            yield event
+
+
+async def fold(view: View, events: AsyncGenerator[Event]) -> dict[str, Any]:
+    """The whole answer."""
+    choices: dict[int, Folded] = {}
+    async with aclosing(events):
+        async for event in events:
+            choices.setdefault(event.index, Folded()).on_event(event)
+    bodies = [await view.answer_choice(index, choices[index]) for index in sorted(choices)]
+    answer = {"object": view.answer_object, "choices": bodies, "usage": view.tally.body()}
+    return {**view.head, **answer, **view.prompt_ids()}
+
+
+async def stream(view: View, first: Event, events: AsyncGenerator[Event]) -> AsyncGenerator[bytes]:
+    """The answer as server-sent events: chunks, the usage if it was asked for, or the error; then [DONE]."""
+    options = view.body.stream_options
+    head = {**view.head, "object": view.chunk_object}
+    prompt_ids = view.prompt_ids()
+    is_usage_last = bool(options and options.include_usage)
+    is_usage_always = bool(options and options.continuous_usage_stats)
+    try:
+        async with aclosing(events):
+            event: Event | None = first
+            while event is not None:
+                choice = await view.chunk_choice(event)
+                if choice is not None:
+                    usage = {"usage": view.tally.body() if is_usage_always else None}
+                    yield sse({**head, "choices": [choice], **(usage if options else {}), **prompt_ids})
+                    prompt_ids = {}
+                event = await anext(events, None)
+        if is_usage_last:
+            yield sse({**head, "choices": [], "usage": view.tally.body()})
+    except ServiceError as error:
+        yield sse(from_service_error(error).body)
+    yield DONE
+
+
+def model_body(model: Model) -> responses.ModelBody:
+    return {
+        "id": model.id,
+        "object": "model",
+        "created": model.created.seconds,
+        "owned_by": "wint2",
+        "max_model_len": model.max_model_len,
+        "num_workers": model.num_workers,
+        "quantization": model.quantization,
+    }
+
+
+async def require_json(request: Request) -> None:
+    """415 for a body that says it is something else."""
+    content_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if content_type != "application/json" and not content_type.endswith("+json"):
+        raise HTTPException(415)

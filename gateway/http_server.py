@@ -1,0 +1,76 @@
+"""Uvicorn as a part of this process: bound at once, drained by whoever owns the signals."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import AsyncIterator, Iterator
+from typing import Self
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from protos.rpc.errors import StartupError
+
+logger = logging.getLogger(__name__)
+
+BACKLOG = 2048
+
+
+class _Uvicorn(uvicorn.Server):
+    """Signals are the process's affair."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class HttpServer:
+    """Serves `app` while `running` is open. `port` is the bound one."""
+
+    def __init__(self, app: ASGIApp, host: str, port: int) -> None:
+        self._socket = bind(host, port)
+        self.port: int = self._socket.getsockname()[1]
+        config = uvicorn.Config(
+            app, log_config=None, access_log=False, lifespan="off", server_header=False, backlog=BACKLOG
+        )
+        self._server = _Uvicorn(config)
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[Self]:
+        serving = asyncio.create_task(self._server.serve([self._socket]))
+        try:
+            yield self
+        finally:
+            self._server.should_exit = self._server.force_exit = True
+            await serving
+
+    async def drain(self, timeout_seconds: float) -> None:
+        """Waits for the requests in flight, but no longer than the timeout."""
+        deadline = asyncio.get_running_loop().time() + timeout_seconds
+        while self._server.server_state.tasks and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.05)
+        if left := len(self._server.server_state.tasks):
+            logger.warning(
+                "%d HTTP requests were not done after %g s and are cancelled", left, timeout_seconds
+            )
+            for task in list(self._server.server_state.tasks):
+                task.cancel()
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket; StartupError names the port that is in use."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        reason = (error.strerror or str(error)).lower()
+        raise StartupError(f"cannot listen on {host}:{port}: port {port}: {reason}") from error
+    listener.setblocking(False)
+    return listener

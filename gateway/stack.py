@@ -1,0 +1,78 @@
+"""The gateway put together: settings, clients, pipeline, and the two servers in front of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from gateway.app import build_app
+from gateway.clients import LocalScheduler, RemoteScheduler, SchedulerClient, TokenizerClient, WorkerClient
+from gateway.http import OpenAiApi
+from gateway.http_server import HttpServer
+from gateway.metrics import GatewayMetrics
+from gateway.pipeline import Pipeline
+from gateway.readiness import Readiness
+from gateway.scheduler.dispatcher import Dispatcher
+from gateway.scheduler.scheduler import Scheduler
+from gateway.scheduler.servicer import DESCRIPTOR as SCHEDULER
+from gateway.scheduler.servicer import scheduler_service
+from gateway.servicer import DESCRIPTOR as GATEWAY
+from gateway.servicer import gateway_service
+from gateway.settings import GatewaySettings
+from protos.rpc.channel import open_channel
+from protos.rpc.server import GrpcServer
+from protos.rpc.telemetry import start_metrics_server
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """A running gateway."""
+
+    http_port: int
+    grpc_address: str
+    readiness: Readiness
+    http_server: HttpServer
+    grpc_server: GrpcServer
+
+    async def drain(self, timeout_seconds: float) -> None:
+        """Not ready, no new requests; those in flight finish, but take no longer than the timeout."""
+        await self.readiness.start_draining()
+        await asyncio.gather(self.http_server.drain(timeout_seconds), self.grpc_server.drain(timeout_seconds))
+
+
+@contextlib.asynccontextmanager
+async def running(settings: GatewaySettings) -> AsyncIterator[Gateway]:
+    """A gateway that serves while this is open. StartupError if a port is taken."""
+    async with contextlib.AsyncExitStack() as stack:
+        grpc_server = GrpcServer(settings.listen, [GATEWAY] if settings.scheduler else [GATEWAY, SCHEDULER])
+        grpc_address = await grpc_server.start()
+        stack.push_async_callback(grpc_server.stop)
+        scheduler = await find_scheduler(settings, grpc_server, stack)
+        tokenizer, workers = TokenizerClient(open_channel(settings.tokenizer)), WorkerClient()
+        stack.push_async_callback(tokenizer.close)
+        stack.push_async_callback(workers.close)
+        metrics = GatewayMetrics()
+        readiness = Readiness(tokenizer, scheduler, workers, grpc_server.set_serving)
+        pipeline = Pipeline(tokenizer, scheduler, workers, metrics)
+        grpc_server.add(gateway_service(pipeline, readiness, settings))
+        app = build_app(OpenAiApi(pipeline, readiness, metrics, settings), metrics, settings)
+        http_server = HttpServer(app, settings.http_host, settings.http_port)
+        await stack.enter_async_context(http_server.running())
+        if settings.metrics_port not in (None, http_server.port):
+            stack.callback(start_metrics_server(settings.metrics_port or 0, metrics.registry).close)
+        await stack.enter_async_context(readiness.watching())
+        yield Gateway(http_server.port, grpc_address, readiness, http_server, grpc_server)
+
+
+async def find_scheduler(
+    settings: GatewaySettings, server: GrpcServer, stack: contextlib.AsyncExitStack
+) -> SchedulerClient:
+    """The shared one if there is one, otherwise one hosted here."""
+    if settings.scheduler is not None:
+        return RemoteScheduler(await stack.enter_async_context(open_channel(settings.scheduler)))
+    dispatcher = Dispatcher(Scheduler(settings.scheduler_config()))
+    await stack.enter_async_context(dispatcher.running())
+    server.add(scheduler_service(dispatcher))
+    return LocalScheduler(dispatcher)

@@ -1,0 +1,122 @@
+"""OpenAI's requests in the gateway's own words."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.struct_pb2 import Struct
+
+from gateway.requests import Prompt, TextRequest
+from gateway.schemas import ChatCompletionRequest, CommonRequest, CompletionRequest, Message
+from protos.rpc.errors import InvalidArgumentError, PermissionDeniedError
+from protos.wint2.common.v1.common_pb2 import SamplingParams
+from protos.wint2.tokenizer.v1.tokenizer_pb2 import ApplyChatTemplateRequest
+
+# Fields that mean the same in both worlds, under the same name.
+SAME = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "min_tokens",
+    "ignore_eos",
+    "stop_token_ids",
+)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a request may ask for on this server."""
+
+    max_choices: int = 128
+    trust_request_chat_template: bool = False
+
+
+def chat(body: ChatCompletionRequest, deadline: float, limits: Limits) -> TextRequest:
+    if body.chat_template is not None and not limits.trust_request_chat_template:
+        message = "chat templates in requests are not allowed on this server (--trust-request-chat-template)"
+        raise PermissionDeniedError(message, field="chat_template")
+    template = ApplyChatTemplateRequest(
+        messages=[template_message(message) for message in body.messages],
+        add_generation_prompt=body.add_generation_prompt,
+        template_kwargs=struct(body.chat_template_kwargs, "chat_template_kwargs"),
+        chat_template=body.chat_template,
+    )
+    return text_request("chatcmpl", body, [template], deadline, limits)
+
+
+def completion(body: CompletionRequest, deadline: float, limits: Limits) -> TextRequest:
+    return text_request("cmpl", body, prompts(body.prompt), deadline, limits, body.add_special_tokens)
+
+
+def text_request(
+    kind: str,
+    body: CommonRequest,
+    prompts: Sequence[Prompt],
+    deadline: float,
+    limits: Limits,
+    add_special_tokens: bool | None = None,
+) -> TextRequest:
+    num_choices = body.n or 1
+    if len(prompts) * num_choices > limits.max_choices:
+        wanted = f"{len(prompts)} prompts times {num_choices}"
+        message = f"asks for {wanted} completions; this server takes {limits.max_choices} a request"
+        raise InvalidArgumentError(message, field="n" if num_choices > 1 else "prompt")
+    return TextRequest(
+        request_id=f"{kind}-{uuid.uuid4().hex}",
+        model=body.model or "",
+        prompts=prompts,
+        deadline=deadline,
+        sampling_params=sampling_params(body),
+        num_choices=num_choices,
+        stop=[body.stop] if isinstance(body.stop, str) else body.stop or (),
+        include_stop=bool(body.include_stop_str_in_output),
+        skip_special_tokens=body.skip_special_tokens is not False,
+        add_special_tokens=add_special_tokens is not False,
+        priority=body.priority or 0,
+        cache_salt=body.cache_salt,
+    )
+
+
+def sampling_params(body: CommonRequest) -> SamplingParams:
+    """Fields that the client left out stay out: the worker knows the defaults."""
+    fields: dict[str, Any] = {name: getattr(body, name) for name in SAME}
+    return SamplingParams(
+        **fields,
+        top_k=None if body.top_k is None else max(body.top_k, 0),
+        max_tokens=body.longest_completion,
+        logit_bias={int(token_id): bias for token_id, bias in (body.logit_bias or {}).items()},
+        logprobs=body.num_logprobs,
+    )
+
+
+def prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[Prompt]:
+    """One prompt or several: only a list of ids is a single prompt and a list."""
+    if isinstance(prompt, str):
+        return [prompt]
+    if isinstance(prompt[0], int):
+        return [[token_id for token_id in prompt if isinstance(token_id, int)]]
+    return [item for item in prompt if not isinstance(item, int)]
+
+
+def template_message(message: Message) -> Struct:
+    fields: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
+    fields["content"] = message.text
+    extra = {"name": message.name, "reasoning_content": message.reasoning_content}
+    return struct({**fields, **{key: value for key, value in extra.items() if value is not None}}, "messages")
+
+
+def struct(values: dict[str, Any] | None, field: str) -> Struct:
+    """JSON on its way into a template; InvalidArgumentError for what the wire cannot carry."""
+    result = Struct()
+    try:
+        result.update(values or {})
+    except (ValueError, OverflowError) as error:
+        raise InvalidArgumentError("holds a text or number that cannot be carried", field=field) from error
+    return result
