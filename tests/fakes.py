@@ -59,29 +59,45 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
 
 
 class FakeSession:
-    """Bytes to whole characters, up to the first stop string; nothing is held back for a possible one."""
+    """Bytes to whole characters, up to the first stop string; what may begin a stop string is held back."""
 
     def __init__(self, options: Any) -> None:
         self.options = options
-        self.data = b""
+        self.ids: list[int] = []
         self.sent = ""
-        self.num_tokens = 0
 
     def push(self, chunk: Any) -> tokenizer_pb2.DetokenizePiece:
-        self.data += bytes(i - FIRST_BYTE_ID for i in chunk.token_ids if i >= FIRST_BYTE_ID)
-        self.num_tokens += len(chunk.token_ids)
-        text = self.data.decode("utf-8", "ignore")
+        self.ids += chunk.token_ids
+        text = bytes(i - FIRST_BYTE_ID for i in self.ids if i >= FIRST_BYTE_ID).decode("utf-8", "ignore")
         matched = next((stop for stop in self.options.stop if stop in text), None)
         if matched is not None:
-            text = text[: text.index(matched) + (len(matched) if self.options.include_stop else 0)]
-        new, self.sent = text[len(self.sent) :], text
+            end = text.index(matched) + len(matched)
+            printed, stands_for = text[: end if self.options.include_stop else end - len(matched)], text[:end]
+        else:
+            printed = stands_for = text if chunk.end else text[: len(text) - self._held_back(text)]
+        new, self.sent = printed[len(self.sent) :], printed
         return tokenizer_pb2.DetokenizePiece(
             session_id=chunk.session_id,
             text=new,
             matched_stop=matched,
-            num_tokens=self.num_tokens,
+            num_tokens=len(self.ids) if chunk.end else self._num_tokens(len(stands_for.encode())),
             finished=chunk.end or matched is not None,
         )
+
+    def _held_back(self, text: str) -> int:
+        """Length of the longest end of `text` that a stop string begins with."""
+        ends = (n for stop in self.options.stop for n in range(1, len(stop)) if text.endswith(stop[:n]))
+        return max(ends, default=0)
+
+    def _num_tokens(self, num_bytes: int) -> int:
+        """Tokens that `num_bytes` of text stand for; special ones go with the text before them."""
+        count = 0
+        for token_id in self.ids:
+            num_bytes -= token_id >= FIRST_BYTE_ID
+            if num_bytes < 0:
+                break
+            count += 1
+        return count
 
 
 class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
