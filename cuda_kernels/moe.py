@@ -7,7 +7,7 @@ Shapes: T tokens, D hidden, E experts, A activated experts per token, F expert i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -36,17 +36,17 @@ class ExpertWeights:
 
 
 def pack_experts(
-    up_gate: Sequence[torch.Tensor], down: Sequence[torch.Tensor], num_experts_per_token: int
+    experts: Iterable[tuple[torch.Tensor, torch.Tensor]], num_experts: int, num_experts_per_token: int
 ) -> ExpertWeights:
-    """Lay out the experts' weights (E × [2F, D] and E × [D, F]) for `moe_ffn`."""
-    num_experts = len(up_gate)
-    is_merged = num_experts_per_token == num_experts
-    if is_merged:
-        gates, ups = zip(*(weight.chunk(2) for weight in up_gate), strict=True)
-        up_gate, down = [torch.cat((*gates, *ups))], [torch.cat(tuple(down), dim=1)]
-    return ExpertWeights(
-        tuple(map(pack_dense, up_gate)), tuple(map(pack_dense, down)), num_experts, is_merged
-    )
+    """Lay out the experts' (up_gate [2F, D], down [D, F]) for `moe_ffn`, taking them one by one."""
+    if num_experts_per_token == num_experts:
+        up_gates, downs = zip(*experts, strict=True)
+        gates, ups = zip(*(up_gate.chunk(2) for up_gate in up_gates), strict=True)
+        merged = pack_dense(torch.cat((*gates, *ups))), pack_dense(torch.cat(downs, dim=1))
+        return ExpertWeights((merged[0],), (merged[1],), num_experts, is_merged=True)
+    packed = [(pack_dense(up_gate), pack_dense(down)) for up_gate, down in experts]
+    up_gate_E, down_E = zip(*packed, strict=True)
+    return ExpertWeights(up_gate_E, down_E, num_experts, is_merged=False)
 
 
 def moe_ffn(

@@ -138,7 +138,8 @@ def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> torc
         return 1 + 0.1 * noise
     if "bias" in name:
         return 0.1 * noise
-    return noise if "embed" in name else noise * shape[-1] ** -0.5
+    # Small embeddings and large projections: else a tied head repeats the last token for ever.
+    return 0.2 * noise if "embed" in name else 2 * noise * shape[-1] ** -0.5
 
 
 def hf_shapes(config: dict) -> dict[str, tuple[int, ...]]:

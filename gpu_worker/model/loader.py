@@ -1,0 +1,159 @@
+"""A model folder to a Decoder: the plan's weights read one by one, brought to the device and its layout."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+import torch
+
+from cuda_kernels.formats.layout import KOrder
+from cuda_kernels.linear import pack_dense
+from cuda_kernels.moe import ExpertWeights, pack_experts
+from cuda_kernels.rope import cos_sin_table
+from gpu_worker.config import ModelConfig
+from gpu_worker.layers.attention import Attention
+from gpu_worker.layers.linear import Linear, SwiGLU
+from gpu_worker.layers.moe import MoE, Router
+from gpu_worker.layers.norm import RMSNorm
+from gpu_worker.model.checkpoint import open_checkpoint
+from gpu_worker.model.decoder import Decoder, DecoderLayer, MemoryReport
+from gpu_worker.model.plan import LayerPlan, MLPPlan, ModelPlan, MoEPlan, plan_model
+from gpu_worker.model.stored_weight import StoredLinear, StoredVector
+
+_log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+
+
+def load_model(
+    config: ModelConfig,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress | None = None,
+    k_order: KOrder = "shuffled",
+) -> Decoder:
+    """Load the checkpoint in `config.path`.
+
+    `progress` is called with (bytes read, bytes to read). Quantized weights are decoded to `dtype`. Raises
+    CheckpointError with everything that is wrong with the files, before any weight is read.
+    """
+    checkpoint = open_checkpoint(config.path)
+    plan = plan_model(config, checkpoint)
+    for note in plan.notes:
+        _log.info("%s", note)
+    return _Loader(config, device, dtype, k_order, checkpoint.num_bytes, progress).decoder(plan)
+
+
+class _Loader:
+    """Turns a plan's stored weights into the layers, counting bytes as it goes."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        k_order: KOrder,
+        total_bytes: int,
+        progress: Progress | None,
+    ) -> None:
+        self._config, self._device, self._dtype, self._k_order = config, device, dtype, k_order
+        self._total_bytes, self._progress = total_bytes, progress
+        self._stored: Counter[str] = Counter()
+        self._held: Counter[str] = Counter()
+
+    def decoder(self, plan: ModelPlan) -> Decoder:
+        config = self._config
+        table = cos_sin_table(
+            config.max_position_embeddings,
+            config.head_dim,
+            config.rope_theta,
+            compression_ratio=config.compression_ratio,
+        ).to(self._device)
+        embedding_VD = self._tensor(plan.embedding, "embedding")
+        return Decoder(
+            config,
+            embedding_VD,
+            tuple(self._layer(layer, table) for layer in plan.layers),
+            self._norm(plan.final_norm),
+            self._head(plan.lm_head, embedding_VD),
+            MemoryReport(dict(self._stored), dict(self._held)),
+        )
+
+    def _layer(self, plan: LayerPlan, cos_sin_PC: torch.Tensor) -> DecoderLayer:
+        config = self._config
+        attention = Attention(
+            self._linear(plan.qkv, "attention"),
+            self._linear(plan.o, "attention"),
+            cos_sin_PC,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        mlp = self._moe(plan.mlp) if isinstance(plan.mlp, MoEPlan) else self._mlp(plan.mlp, "dense MLP")
+        norms = self._norm(plan.input_norm), self._norm(plan.post_attention_norm)
+        return DecoderLayer(norms[0], attention, norms[1], mlp)
+
+    def _moe(self, plan: MoEPlan) -> MoE:
+        config = self._config
+        router = Router(
+            self._linear(plan.router, "router", torch.float32),
+            self._bias(plan.correction_bias),
+            config.num_experts_per_token,
+            config.norm_min,
+        )
+        shared = self._mlp(plan.shared, "shared experts") if plan.shared else None
+        return MoE(router, self._experts(plan), shared)
+
+    def _experts(self, plan: MoEPlan) -> ExpertWeights:
+        """Expert by expert, so that the decoded weights of one layer at most exist beside the packed ones."""
+        experts = pack_experts(self._decoded(plan), len(plan.experts), self._config.num_experts_per_token)
+        self._held["experts"] += experts.nbytes
+        return experts
+
+    def _decoded(self, plan: MoEPlan) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for expert in plan.experts:
+            yield self._dense(expert.up_gate, "experts"), self._dense(expert.down, "experts")
+
+    def _mlp(self, plan: MLPPlan, kind: str) -> SwiGLU:
+        return SwiGLU(self._linear(plan.up_gate, kind), self._linear(plan.down, kind))
+
+    def _norm(self, stored: StoredVector) -> RMSNorm:
+        return RMSNorm(self._tensor(stored, "norms"), self._config.rms_norm_eps)
+
+    def _bias(self, stored: StoredVector | None) -> torch.Tensor:
+        if stored is None:
+            return torch.zeros(self._config.num_experts, device=self._device)
+        return self._tensor(stored, "router", torch.float32).flatten()
+
+    def _head(self, stored: StoredLinear | None, embedding_VD: torch.Tensor) -> Linear:
+        if stored is not None:
+            return self._linear(stored, "head")
+        head = Linear(pack_dense(embedding_VD))
+        if head.weight.is_packed:
+            self._held["head"] += head.nbytes
+        return head
+
+    def _linear(self, stored: StoredLinear, kind: str, dtype: torch.dtype | None = None) -> Linear:
+        linear = Linear(pack_dense(self._dense(stored, kind, dtype)))
+        self._held[kind] += linear.nbytes
+        return linear
+
+    def _dense(self, stored: StoredLinear, kind: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        weight_NK = stored.dense(self._k_order).to(self._device, dtype or self._dtype)
+        self._count(kind, stored.stored_bytes)
+        return weight_NK
+
+    def _tensor(self, stored: StoredVector, kind: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+        # Copied, for a tensor of the mapped file would end with the file.
+        tensor = stored.dense().to(self._device, dtype or self._dtype, copy=True)
+        self._count(kind, stored.stored_bytes)
+        self._held[kind] += tensor.nbytes
+        return tensor
+
+    def _count(self, kind: str, num_bytes: int) -> None:
+        self._stored[kind] += num_bytes
+        if self._progress is not None:
+            self._progress(self._stored.total(), self._total_bytes)
