@@ -89,9 +89,12 @@ class Engine:
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, self._num_requests, request))
 
-    def abort(self, request_id: str) -> bool:
-        """Ends a request; its blocks are free on return, its last outputs come with the next step."""
-        return self._abort_all(request_id, "aborted", None)
+    def abort(self, request_id: str, index: int | None = None) -> bool:
+        """Ends a request, or only its completion of that index once that has begun; False if there is none.
+
+        Its blocks are free on return; its last output comes with the next step.
+        """
+        return self._end(request_id, "aborted", index=index)
 
     @torch.inference_mode()
     def step(self) -> list[StepOutput]:
@@ -209,10 +212,12 @@ class Engine:
             "the model gave no finite probability to any allowed token (NaN, or everything was forbidden)"
         )
         self._remove(sequence, output, "error")
-        self._abort_all(sequence.request.request_id, "error", output.error)
+        self._end(sequence.request.request_id, "error", output.error)
 
-    def _abort_all(self, request_id: str, reason: FinishReason, error: str | None) -> bool:
-        sequences = list(self._live.get(request_id, ()))
+    def _end(
+        self, request_id: str, reason: FinishReason, error: str | None = None, index: int | None = None
+    ) -> bool:
+        sequences = [s for s in self._live.get(request_id, ()) if index is None or _has_begun(s, index)]
         for sequence in sequences:
             output = _output(sequence, None, self._num_completion_tokens(sequence))
             output.error = error
@@ -248,7 +253,11 @@ class Engine:
             request = heapq.heappop(self._deadlines)[-1]
             live = self._live.get(request.request_id)
             if live and live[0].request is request:
-                self._abort_all(request.request_id, "aborted", "the deadline passed")
+                self._end(request.request_id, "aborted", "the deadline passed")
+
+
+def _has_begun(sequence: Sequence, index: int) -> bool:
+    return sequence.index == index and sequence.first_token_time is not None
 
 
 def _output(sequence: Sequence, token_id: int | None, num_completion_tokens: int) -> StepOutput:

@@ -21,3 +21,11 @@ class EngineDeadError(RuntimeError):
 
 class EngineDrainingError(RuntimeError):
     """The engine finishes what it has and takes nothing new."""
+
+
+class EngineArgsError(ValueError):
+    """An engine that cannot be built as asked; `field` is the argument at fault."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(f"{field} {message}")
+        self.field = field

@@ -3,8 +3,8 @@
     coroutine:  generate() ── command ──► inbox ──►  thread:  take commands, Engine.step()
                 Mailbox    ◄── call_soon_threadsafe ──  outputs, once a step
 
-A request that cannot run fails alone. Whatever else a step raises is the device's failure: every waiter is told
-why, and from then on so is everyone who asks.
+A request that cannot run fails alone. Whatever else a step raises is the failure of the device: all who wait
+are told why, and so are all who ask from then on.
 """
 
 from __future__ import annotations

@@ -1,0 +1,183 @@
+"""From a model folder and a handful of wishes to an engine: device, weights, memory plan, KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from gpu_worker.config import CacheConfig, EngineConfig, ModelConfig, QuantizationConfig, SchedulerConfig
+from gpu_worker.engine.devices import DeviceChoice, choose_device, choose_dtype
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.errors import EngineArgsError
+from gpu_worker.engine.memory import GIB, cpu_cache_bytes, cuda_cache_bytes, kv_block_bytes, plan_cache
+from gpu_worker.engine.profiling import measure_activation_bytes
+from gpu_worker.layers.kv_cache import KVCache
+from gpu_worker.model.config_reader import read_model_config
+from gpu_worker.model.decoder import Decoder
+from gpu_worker.model.loader import load_model
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineArgs:
+    """What may be asked of an engine; None and "auto" leave it to the model and the machine."""
+
+    model: Path
+    device: str = "auto"
+    dtype: str = "auto"
+    load_format: str = "auto"
+    tensor_parallel_size: int = 1
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 8192
+    block_size: int = 64
+    num_kv_blocks: int | None = None
+    kv_cache_memory_gib: float | None = None
+    gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    use_cudagraph: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.tensor_parallel_size != 1:
+            raise EngineArgsError(
+                "tensor_parallel_size",
+                f"must be 1: a worker runs the model on one device, got {self.tensor_parallel_size}",
+            )
+        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+            if getattr(self, name) < 1:
+                raise EngineArgsError(name, f"must be at least 1, got {getattr(self, name)}")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise EngineArgsError(
+                "max_num_batched_tokens",
+                f"must be at least max_num_seqs ({self.max_num_seqs}), a token for each that decodes, "
+                f"got {self.max_num_batched_tokens}",
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """An engine, its model, and what was found on the way, a line each."""
+
+    engine: Engine
+    model: Decoder
+    description: tuple[str, ...]
+
+    @property
+    def config(self) -> EngineConfig:
+        return self.engine.config
+
+
+def build_engine(args: EngineArgs, progress: Progress | None = None) -> BuiltEngine:
+    """Loads the model and makes an engine. Raises ConfigError, CheckpointError or EngineArgsError.
+
+    `progress` is called with the bytes of weights read so far and in all.
+    """
+    choice = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, choice.device)
+    model_config = read_model_config(args.model)
+    model = load_model(model_config, device=choice.device, dtype=dtype, progress=progress)
+    config = _plan(args, model_config, choice.device, dtype, model)
+    cache = config.cache
+    kv_cache = KVCache(
+        model_config.num_hidden_layers,
+        cache.num_blocks,
+        cache.block_size,
+        model_config.num_key_value_heads,
+        model_config.head_dim,
+        cache.dtype,
+        choice.device,
+    )
+    return BuiltEngine(
+        Engine(config, model, kv_cache), model, tuple(_describe(args, config, choice, model, kv_cache))
+    )
+
+
+def _plan(
+    args: EngineArgs, model_config: ModelConfig, device: torch.device, dtype: torch.dtype, model: Decoder
+) -> EngineConfig:
+    config_len = model_config.max_position_embeddings
+    block_bytes = kv_block_bytes(model_config, args.block_size, dtype)
+    wanted_len = args.max_model_len or config_len
+    config = EngineConfig(
+        model=model_config,
+        cache=CacheConfig(args.block_size, 0, args.enable_prefix_caching, dtype),
+        scheduler=SchedulerConfig(
+            max_num_seqs=args.max_num_seqs,
+            max_num_batched_tokens=args.max_num_batched_tokens,
+            max_model_len=wanted_len,
+            enable_chunked_prefill=args.enable_chunked_prefill,
+        ),
+        device=device,
+        dtype=dtype,
+        use_cudagraph=args.use_cudagraph and device.type == "cuda",
+        seed=args.seed,
+    )
+    num_blocks = args.num_kv_blocks or _cache_bytes(args, config, block_bytes, model) // block_bytes
+    plan = plan_cache(num_blocks, args.block_size, block_bytes, args.max_model_len, config_len)
+    budget = args.max_num_batched_tokens
+    if not args.enable_chunked_prefill:
+        budget = max(budget, plan.max_model_len)
+    return replace(
+        config,
+        cache=replace(config.cache, num_blocks=plan.num_blocks),
+        scheduler=replace(config.scheduler, max_model_len=plan.max_model_len, max_num_batched_tokens=budget),
+    )
+
+
+def _cache_bytes(args: EngineArgs, config: EngineConfig, block_bytes: int, model: Decoder) -> int:
+    if args.kv_cache_memory_gib is not None:
+        return int(args.kv_cache_memory_gib * GIB)
+    if config.device.type == "cuda":
+        return cuda_cache_bytes(args.gpu_memory_utilization, measure_activation_bytes(model, config))
+    limits = config.scheduler
+    return cpu_cache_bytes(limits.max_num_seqs, block_bytes // args.block_size, limits.max_model_len)
+
+
+def describe_quantization(quantization: QuantizationConfig, num_layers: int) -> str:
+    """By layer range, in words: "experts of layers 0-6 wint4, 7-53 wint2; dense wint8"."""
+    end = quantization.wint4_end_layer
+    ranges = [
+        (0, end, quantization.experts_low),
+        (max(0, end + 1), num_layers - 1, quantization.experts_high),
+    ]
+    experts = ", ".join(f"{first}-{last} {name}" for first, last, name in ranges if first <= last)
+    if {name for first, last, name in ranges if first <= last} == {"none"} and quantization.dense == "none":
+        return "none"
+    return f"experts of layers {experts}; dense {quantization.dense}"
+
+
+def _describe(
+    args: EngineArgs, config: EngineConfig, choice: DeviceChoice, model: Decoder, kv_cache: KVCache
+) -> Iterator[str]:
+    shape, cache, limits = config.model, config.cache, config.scheduler
+    dtype = str(config.dtype).removeprefix("torch.")
+    stored, held = sum(model.memory.stored_bytes.values()), sum(model.memory.device_bytes.values())
+    yield f"device: {choice.device} ({choice.reason}), {dtype}"
+    yield (
+        f"model: {args.model}, {shape.num_hidden_layers} layers, {shape.num_experts} experts, "
+        f"{shape.num_experts_per_token} a token, vocabulary {shape.vocab_size}"
+    )
+    yield f"quantization: {describe_quantization(shape.quantization, shape.num_hidden_layers)}"
+    yield f"weights: {_mib(stored)} stored, {_mib(held)} held"
+    yield (
+        f"KV cache: {cache.num_blocks} blocks of {cache.block_size} tokens, "
+        f"{cache.num_blocks * cache.block_size} in all, {_mib(kv_cache.size_bytes)}"
+    )
+    yield (
+        f"limits: context {limits.max_model_len} tokens, {limits.max_num_seqs} sequences and "
+        f"{limits.max_num_batched_tokens} tokens a step"
+    )
+    if args.use_cudagraph and choice.device.type == "cpu":
+        yield "CUDA graphs: not on the CPU"
+    if limits.max_num_batched_tokens != args.max_num_batched_tokens:
+        yield f"max_num_batched_tokens: raised from {args.max_num_batched_tokens}, for the longest prompt"
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB"

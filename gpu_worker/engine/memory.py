@@ -1,0 +1,94 @@
+"""How much memory the KV cache may take, and how long a context then fits.
+
+             CUDA                                               CPU
+total x gpu_memory_utilization                         a quarter of the memory now available,
+- what is in use (weights, CUDA itself)                but no more than `max_num_seqs` sequences
+- the largest step's activations, measured             of a thousand tokens can fill
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gpu_worker.config import ModelConfig
+from gpu_worker.engine.errors import EngineArgsError
+from gpu_worker.layers.kv_cache import KVCache
+
+GIB = 2**30
+
+_CPU_SHARE = 0.25
+_CPU_TOKENS_PER_SEQUENCE = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class CachePlan:
+    """Blocks of the KV cache, and the longest context, in tokens."""
+
+    num_blocks: int
+    max_model_len: int
+
+
+def kv_block_bytes(model: ModelConfig, block_size: int, dtype: torch.dtype) -> int:
+    return KVCache.block_bytes(
+        model.num_hidden_layers, block_size, model.num_key_value_heads, model.head_dim, dtype
+    )
+
+
+def available_cpu_bytes() -> int:
+    """Memory that can be taken without swapping, also within a container's limit."""
+    limits = [_meminfo_available()]
+    cgroup = Path("/sys/fs/cgroup")
+    maximum, current = cgroup / "memory.max", cgroup / "memory.current"
+    if maximum.exists() and (text := maximum.read_text().strip()) != "max":
+        limits.append(int(text) - int(current.read_text()))
+    return max(0, min(limits))
+
+
+def cpu_cache_bytes(max_num_seqs: int, token_bytes: int, max_model_len: int) -> int:
+    """What the cache takes when nobody says, in bytes."""
+    tokens = max(max_num_seqs * _CPU_TOKENS_PER_SEQUENCE, max_model_len)
+    return min(tokens * token_bytes, int(available_cpu_bytes() * _CPU_SHARE))
+
+
+def cuda_cache_bytes(utilization: float, activation_bytes: int) -> int:
+    """What is left of the GPU for the cache; raises EngineArgsError if nothing is."""
+    free, total = torch.cuda.mem_get_info()
+    left = int(total * utilization) - (total - free) - activation_bytes
+    if left <= 0:
+        raise EngineArgsError(
+            "gpu_memory_utilization",
+            f"{utilization} of {total / GIB:.1f} GiB leaves no room for a KV cache: "
+            f"{(total - free) / GIB:.1f} GiB are in use and a step needs {activation_bytes / GIB:.1f} GiB",
+        )
+    return left
+
+
+def plan_cache(
+    num_blocks: int, block_size: int, block_bytes: int, asked_len: int | None, config_len: int
+) -> CachePlan:
+    """Fits the context to the cache; raises EngineArgsError, with numbers, if the asked one does not fit."""
+    capacity = num_blocks * block_size
+    if asked_len is not None and asked_len > config_len:
+        raise EngineArgsError("max_model_len", f"is {asked_len}; the model was made for at most {config_len}")
+    if num_blocks < 1 or (asked_len is not None and asked_len > capacity):
+        wanted = asked_len or block_size
+        raise EngineArgsError(
+            "max_model_len",
+            f"{wanted} tokens need {_mib(-(-wanted // block_size) * block_bytes)} of KV cache; there are "
+            f"{_mib(num_blocks * block_bytes)}, which hold {capacity} tokens",
+        )
+    return CachePlan(num_blocks, min(asked_len or config_len, capacity))
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**20:.1f} MiB"
+
+
+def _meminfo_available() -> int:
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("/proc/meminfo has no MemAvailable")

@@ -1,0 +1,48 @@
+"""What the largest step takes besides weights and KV cache: measured, by running it."""
+
+from __future__ import annotations
+
+import torch
+
+from gpu_worker.config import EngineConfig
+from gpu_worker.engine.runner import Model
+from gpu_worker.layers.batch import Batch
+from gpu_worker.layers.kv_cache import KVCache
+
+PADDING_SLOT = -1
+
+
+@torch.inference_mode()
+def measure_activation_bytes(model: Model, config: EngineConfig) -> int:
+    """Peak bytes of one step of `max_num_batched_tokens` tokens with every sequence sampled, on a GPU."""
+    shape, limits, device = config.model, config.scheduler, config.device
+    kv_cache = KVCache(
+        shape.num_hidden_layers, 1, 1, shape.num_key_value_heads, shape.head_dim, config.cache.dtype, device
+    )
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    batch = padding_batch(limits.max_num_batched_tokens, limits.max_num_seqs, device)
+    logits_SV = model.logits(model.forward(batch, kv_cache)[batch.sample_rows_S])
+    torch.softmax(logits_SV, dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    del logits_SV, batch, kv_cache
+    torch.cuda.empty_cache()
+    return peak
+
+
+def padding_batch(num_tokens: int, num_sequences: int, device: torch.device) -> Batch:
+    """A batch of as many sequences, of about equal length, whose keys and values are stored nowhere."""
+    bounds = torch.linspace(0, num_tokens, num_sequences + 1).round().int()
+    lens = bounds.diff()
+    return Batch(
+        input_ids_T=torch.zeros(num_tokens, dtype=torch.int64, device=device),
+        positions_T=torch.zeros(num_tokens, dtype=torch.int64, device=device),
+        slot_mapping_T=torch.full((num_tokens,), PADDING_SLOT, dtype=torch.int64, device=device),
+        block_tables_SM=torch.zeros((num_sequences, int(lens.max())), dtype=torch.int32, device=device),
+        cu_seqlens_q=bounds.to(device),
+        context_lens_S=lens.to(device),
+        max_query_len=int(lens.max()),
+        sample_rows_S=(bounds[1:] - 1).long().to(device),
+    )
