@@ -18,8 +18,8 @@ _SHIFTS = (9, 6, 3, 0)
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
     """a·b + c on float32 tensors with one rounding, as the GPU's fmaf.
 
-    A product of two float32 is exact in float64. The sum there is rounded to odd (Boldo & Melquiond 2008), so that
-    the second rounding, to float32, cannot see a false tie.
+    A product of two float32 is exact in float64. The sum there is rounded to odd (Boldo & Melquiond 2008),
+    so that the second rounding, to float32, cannot see a false tie.
     """
     product, addend = a.double() * b.double(), c.double()
     total = product + addend
@@ -32,7 +32,8 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def code_points(code_scale: Tensor, code_zp: Tensor) -> Tensor:
-    """The 15-bit codes of the 256 bytes, floor(fma(byte, scale, zp + 0.5)) mod 2^15: f32 [N] -> int16 [256, N]."""
+    """The 15-bit codes of the 256 bytes, floor(fma(byte, scale, zp + 0.5)) mod 2^15: f32 [N] -> int16 [256,
+    N]."""
     byte = torch.arange(NUM_CODES, dtype=torch.float32, device=code_scale.device).unsqueeze(1)
     value = fma(byte, code_scale.expand(NUM_CODES, -1), (code_zp + 0.5).expand(NUM_CODES, -1))
     return (value.floor().long() & CODE_MASK).short()

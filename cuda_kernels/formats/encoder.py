@@ -1,4 +1,5 @@
-"""Finds the codes and scales of a WINT2 weight: plain search per column, then feedback and descent under a Hessian."""
+"""Finds the codes and scales of a WINT2 weight: plain search per column, then feedback and descent under a
+Hessian."""
 
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -29,8 +30,8 @@ PLANS: dict[Effort, Plan] = {
     "best": Plan(num_codebooks=24, rounds=2, descents=4),
 }
 
-# (code_scale, code_zp) on the 1/128 grid, where both published roundings and integer arithmetic agree on every code.
-# tests/bench/search_codebooks.py found them: best mean squared error on Gaussian vectors first.
+# (code_scale, code_zp) on the 1/128 grid, where both published roundings and integer arithmetic agree on
+# every code. tests/bench/search_codebooks.py found them: best mean squared error on Gaussian vectors first.
 CODEBOOKS = (
     (120.9453125, 1240.4921875),
     (120.9609375, 1189.421875),
@@ -51,7 +52,8 @@ class Encoding:
 
 
 def encode(slots: Tensor, hessian: Tensor | None, effort: Effort) -> Encoding:
-    """The best encoding of f32 `slots` [K, N] that `effort` finds, for inputs of second moment `hessian` [K, K]."""
+    """The best encoding of f32 `slots` [K, N] that `effort` finds, for inputs of second moment `hessian` [K,
+    K]."""
     if effort not in PLANS:
         raise FormatError(f"effort: expected one of {', '.join(PLANS)}, got {effort!r}")
     plan = PLANS[effort]
@@ -76,7 +78,8 @@ def damp(hessian: Tensor) -> Tensor:
 
 
 def _importance_order(hessian: Tensor) -> Tensor:
-    """Rows with the heaviest groups first and the heaviest blocks first in each: what comes early is best corrected."""
+    """Rows with the heaviest groups first and the heaviest blocks first in each: what comes early is best
+    corrected."""
     weight = hessian.diagonal().view(-1, GROUP_SIZE // 4, 4).sum(dim=2)
     groups = weight.sum(dim=1).argsort(descending=True, stable=True)
     blocks = weight[groups].argsort(dim=1, descending=True, stable=True) + groups.unsqueeze(1) * (

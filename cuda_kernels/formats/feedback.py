@@ -1,4 +1,5 @@
-"""Encoding under a Hessian: later blocks of a column absorb what earlier ones could not express, then all settle."""
+"""Encoding under a Hessian: later blocks of a column absorb what earlier ones could not express, then all
+settle."""
 
 from dataclasses import dataclass, replace
 
@@ -12,7 +13,8 @@ from cuda_kernels.formats.scales import BLOCKS, Metric, Scales, choose_local
 
 @dataclass(frozen=True, eq=False)
 class Couplings:
-    """What one kind of pass takes from the Hessian H [K, K]: t_I += matrix[I, J] e_J for an error e in block J."""
+    """What one kind of pass takes from the Hessian H [K, K]: t_I += matrix[I, J] e_J for an error e in block
+    J."""
 
     matrix: Tensor  # f32 [K, K]
     metric: Metric
@@ -21,7 +23,8 @@ class Couplings:
 def feedback_couplings(hessian: Tensor) -> Couplings:
     """Block LDLᵀ of H (LDLQ, Chee et al. 2023; GPTQ's U = chol(H⁻¹), four rows at a time).
 
-    With H⁻¹ = Uᵀ U, an error e in block J costs |U_JJ⁻ᵀ e|² once all later rows answer with -U_J,restᵀ U_JJ⁻ᵀ e.
+    With H⁻¹ = Uᵀ U, an error e in block J costs |U_JJ⁻ᵀ e|² once all later rows answer with -U_J,restᵀ
+    U_JJ⁻ᵀ e.
     """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     upper = torch.linalg.cholesky(inverse, upper=True)
@@ -31,7 +34,8 @@ def feedback_couplings(hessian: Tensor) -> Couplings:
 
 
 def descent_couplings(hessian: Tensor) -> Couplings:
-    """Coordinate descent on eᵀ H e: with the other errors fixed, block I is best at w_I + H_II⁻¹ Σ_J H_IJ e_J."""
+    """Coordinate descent on eᵀ H e: with the other errors fixed, block I is best at w_I + H_II⁻¹ Σ_J H_IJ
+    e_J."""
     diagonal = _diagonal(hessian)
     matrix = torch.linalg.solve(diagonal, hessian.unflatten(0, (-1, 4))).flatten(0, 1)
     _diagonal(matrix).zero_()
@@ -83,8 +87,8 @@ class Settler:
     ) -> Tensor:
         """Pick the local scale and codes of one group; returns its errors [64, N].
 
-        `pull` is H_g,out e_out, the rest's claim on this group, in a descent; None in a feedback pass, where errors are
-        measured from the moving targets.
+        `pull` is H_g,out e_out, the rest's claim on this group, in a descent; None in a feedback pass, where
+        errors are measured from the moving targets.
         """
         index, blocks = group.start // GROUP_SIZE, slice(group.start // 4, group.stop // 4)
         factors, matrix = couplings.metric.factors[blocks], couplings.matrix[group, group].contiguous()

@@ -1,4 +1,5 @@
-"""What the formats share: the order of rows inside a 64-group, padding, and shape checks that name the sizes."""
+"""What the formats share: the order of rows inside a 64-group, padding, and shape checks that name the
+sizes."""
 
 from typing import Literal
 
@@ -13,7 +14,8 @@ ROW_MULTIPLE = 128  # two groups share one byte of local scales
 
 
 class FormatError(ValueError):
-    """A tensor has a shape, dtype or value that the format cannot hold; the message names it and the sizes."""
+    """A tensor has a shape, dtype or value that the format cannot hold; the message names it and the
+    sizes."""
 
 
 def check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -1,4 +1,5 @@
-"""Words of overlapping bit fields, shared by WINT2.5 and WINT2.75: join, split, scale, and a least-squares encoder."""
+"""Words of overlapping bit fields, shared by WINT2.5 and WINT2.75: join, split, scale, and a least-squares
+encoder."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ _SCALE_CANDIDATES = (0.6, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25)
 
 @dataclass(frozen=True)
 class Code:
-    """An (L, N, S) convolutional code: `length` fields of `bits` bits, each shifted by `shift` from the last."""
+    """An (L, N, S) convolutional code: `length` fields of `bits` bits, each shifted by `shift` from the
+    last."""
 
     bits: int
     length: int
@@ -75,7 +77,8 @@ def fit(weight: Tensor, codes: Sequence[Code], max_local: int) -> Fit:
 
 
 def _best_start(groups: Tensor, codes: Sequence[Code]) -> Tensor:
-    """For every group the best of a few multiples of a scale that spreads three deviations over the levels."""
+    """For every group the best of a few multiples of a scale that spreads three deviations over the
+    levels."""
     base = groups.square().mean(dim=1).sqrt() * 3 / (1 << (codes[0].bits - 1))
     best, best_error = base, torch.full_like(base, torch.inf)
     for factor in _SCALE_CANDIDATES:
@@ -102,7 +105,7 @@ def _nearest(groups: Tensor, scales: Tensor, codes: Sequence[Code]) -> tuple[lis
     for code in codes:
         book = code.codebook().to(groups.device)
         part = words[:, :, start : start + code.length]
-        index = search.nearest(part.flatten(0, 1), book).index.long()
+        index = search.nearest(part.flatten(0, 1), book).found.long()
         found.append(index.view(words.shape[0], words.shape[1], -1).int())
         levels.append(book[index].movedim(-1, 1).view_as(part))
         start += code.length

@@ -104,13 +104,14 @@ class Fitter:
     def _match(self, scale: Tensor) -> _Match:
         inverse = torch.where(scale == 0, 0.0, 1 / scale)
         found = search.nearest(self._mapped * _spread(inverse).unsqueeze(1), self._books)
-        norms = self._norms.expand(found.index.shape[0], -1).gather(1, found.index.long())
+        norms = self._norms.expand(found.found.shape[0], -1).gather(1, found.found.long())
         norm, score = _per_group(norms), _per_group(found.score)
-        return _Match(found.index, 2 * scale.square() * score, scale * (norm / 2 - score), norm)
+        return _Match(found.found, 2 * scale.square() * score, scale * (norm / 2 - score), norm)
 
 
 def choose_local(scales: Scales, cost: Callable[[Scales], Tensor]) -> Scales:
-    """The cheapest of each group's local scale and its two neighbours; `cost` gives [G, N] for a candidate."""
+    """The cheapest of each group's local scale and its two neighbours; `cost` gives [G, N] for a
+    candidate."""
     best, least = scales.local, cost(scales)
     for delta in (-1, 1):
         candidate = Scales((scales.local + delta).clamp(0, MAX_LOCAL), scales.step)

@@ -21,15 +21,15 @@ _CHUNK_ELEMENTS = 1 << 22
 class Nearest(NamedTuple):
     """The winners of a search over R rows of N targets."""
 
-    index: Tensor  # int32 [R, N]
+    found: Tensor  # int32 [R, N]
     score: Tensor  # f32 [R, N]: |c|²/2 - t·c, that is (|t - c|² - |t|²) / 2
 
 
 def nearest(targets: Tensor, codebook: Tensor) -> Nearest:
     """The codebook vector nearest to each target: f32 [R, d, N], f32 [C, d] or [R, C, d].
 
-    Minimises |t - c|²; a metric other than the plain one is a linear map of both arguments, hence the codebook per row.
-    Ties go to the lower index.
+    Minimises |t - c|²; a metric other than the plain one is a linear map of both arguments, hence the
+    codebook per row. Ties go to the lower index.
     """
     books = codebook.unsqueeze(0) if codebook.ndim == 2 else codebook
     if numba_search is not None and targets.device.type == "cpu" and targets.shape[1] == 4:
@@ -40,11 +40,13 @@ def nearest(targets: Tensor, codebook: Tensor) -> Nearest:
 def sweep(
     targets: Tensor, scale: Tensor, books: Tensor, factors: Tensor, coupling: Tensor, reference: Tensor | None
 ) -> Tensor:
-    """Choose the codes of one group one block of four rows after another, each choice moving the later targets.
+    """Choose the codes of one group one block of four rows after another, each choice moving the later
+    targets.
 
-    For block J: code_J = argmin |F_J (t_J - s·c)|², then t_I += coupling[I, J] (r_J - s·c) for every later I, where r is
-    `reference`, or the target itself when None (error feedback). `targets` f32 [4B, N] is updated in place; `scale`
-    f32 [N], `books` [B, C, 4] already mapped by F, `factors` F [B, 4, 4], `coupling` [4B, 4B]. Returns int32 [B, N].
+    For block J: code_J = argmin |F_J (t_J - s·c)|², then t_I += coupling[I, J] (r_J - s·c) for every later
+    I, where r is `reference`, or the target itself when None (error feedback). `targets` f32 [4B, N] is
+    updated in place; `scale` f32 [N], `books` [B, C, 4] already mapped by F, `factors` F [B, 4, 4],
+    `coupling` [4B, 4B]. Returns int32 [B, N].
     """
     if numba_search is not None and targets.device.type == "cpu":
         return numba_search.sweep(targets, scale, books, factors, coupling, reference)
@@ -71,7 +73,7 @@ def _sweep_torch(
         rows = slice(4 * block, 4 * block + 4)
         index = _nearest_torch(
             (factors[block] @ (targets[rows] * inverse))[None], books[block : block + 1]
-        ).index[0]
+        ).found[0]
         values = torch.linalg.solve(factors[block], books[block][index.long()].T) * scale
         targets[4 * block + 4 :] += coupling[4 * block + 4 :, rows] @ (origin[rows] - values)
         found.append(index)

@@ -1,4 +1,5 @@
-"""Nearest 4-vectors on a CPU: one code against 64 columns at a time, so that every lane of a vector unit works."""
+"""Nearest 4-vectors on a CPU: one code against 64 columns at a time, so that every lane of a vector unit
+works."""
 
 import numba
 import numpy as np

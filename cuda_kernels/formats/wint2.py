@@ -48,10 +48,11 @@ def quantize(
     k_order: KOrder = "shuffled",
     effort: Effort = "normal",
 ) -> Wint2Weight:
-    """The WINT2 encoding of `weight` [K, N], K a multiple of 128, with least error for inputs of second moment `hessian`.
+    """The WINT2 encoding of `weight` [K, N], K a multiple of 128, with least error for inputs of second
+    moment `hessian`.
 
-    `hessian` [K, K] is the sum (or mean) of x xᵀ over calibration inputs x, in true row order; without it every row
-    counts alike. `effort` trades time for error: see docs/formats.md.
+    `hessian` [K, K] is the sum (or mean) of x xᵀ over calibration inputs x, in true row order; without it
+    every row counts alike. `effort` trades time for error: see docs/formats.md.
     """
     check_weight(weight, ROW_MULTIPLE)
     rows = slot_rows(weight.shape[0], k_order).to(weight.device)
@@ -93,8 +94,8 @@ def dequantize(
 ) -> Tensor:
     """The weights, bf16 [K, N] in true row order.
 
-    `scale_rounding` is where the product local·super is rounded: to "bf16" before it meets the level (FastDeploy from
-    2.1 on), or not at all ("fp32", FastDeploy 2.0).
+    `scale_rounding` is where the product local·super is rounded: to "bf16" before it meets the level
+    (FastDeploy from 2.1 on), or not at all ("fp32", FastDeploy 2.0).
     """
     weight = Wint2Weight(quant_weight, weight_scale, super_scales, code_scale, code_zp)
     _check_tensors(weight)

@@ -33,7 +33,8 @@ class Wint25Weight:
 
 
 def quantize(weight: Tensor) -> Wint25Weight:
-    """Nearest code of each 3- and 4-vector under a scale per group fitted by least squares; K a multiple of 64."""
+    """Nearest code of each 3- and 4-vector under a scale per group fitted by least squares; K a multiple of
+    64."""
     check_weight(weight, GROUP_SIZE)
     fit = overlapped.fit(weight.float(), (overlapped.Code(3, 3, 2), overlapped.Code(3, 4, 2)), _MAX_LOCAL)
     words = fit.codes[0] << 9 | fit.codes[1]

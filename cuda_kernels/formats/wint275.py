@@ -33,7 +33,8 @@ class Wint275Weight:
 
 
 def quantize(weight: Tensor) -> Wint275Weight:
-    """Nearest code of each 3-vector under a 4-bit scale per group fitted by least squares; K a multiple of 64."""
+    """Nearest code of each 3-vector under a 4-bit scale per group fitted by least squares; K a multiple of
+    64."""
     check_weight(weight, GROUP_SIZE)
     fit = overlapped.fit(weight.float(), (overlapped.Code(4, 3, 2),), _MAX_LOCAL)
     last = (fit.last_level + _FIELD_OFFSET) << 4 | fit.local_scales

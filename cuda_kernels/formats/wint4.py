@@ -1,4 +1,5 @@
-"""WINT4: 4-bit levels with one bf16 scale per column, canonical and in Paddle's SM75-SM90 weight-only layout."""
+"""WINT4: 4-bit levels with one bf16 scale per column, canonical and in Paddle's SM75-SM90 weight-only
+layout."""
 
 from dataclasses import dataclass
 
@@ -35,11 +36,13 @@ def dequantize(quant_weight: Tensor, weight_scale: Tensor) -> Tensor:
     return wint8.dequantize(quant_weight, weight_scale)
 
 
-# Paddle stores level + 8, two rows a byte, even row in the low nibble. The 16 bytes of 32 rows are dealt out in fours,
-# four columns alternate every 64 rows, and the eight nibbles of every u32 are dealt out once more:
+# Paddle stores level + 8, two rows a byte, even row in the low nibble. The 16 bytes of 32 rows are dealt out
+# in fours, four columns alternate every 64 rows, and the eight nibbles of every u32 are dealt out once more:
 #
-#     byte pairs   0 4 8 12  1 5 9 13  2 6 10 14  3 7 11 15        (stored position of source byte i is _BYTE[i])
-#     nibbles      0 2 4 6 1 3 5 7                                 (stored nibble i is source nibble _NIBBLE[i])
+#     byte pairs   0 4 8 12  1 5 9 13  2 6 10 14  3 7 11 15        (stored position of source byte i is
+# _BYTE[i])
+#     nibbles      0 2 4 6 1 3 5 7                                 (stored nibble i is source nibble
+# _NIBBLE[i])
 _NIBBLE = (0, 2, 4, 6, 1, 3, 5, 7)
 
 

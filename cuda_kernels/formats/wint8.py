@@ -1,4 +1,5 @@
-"""WINT8: int8 levels with one bf16 scale per column, canonical and in Paddle's SM75-SM90 weight-only layout."""
+"""WINT8: int8 levels with one bf16 scale per column, canonical and in Paddle's SM75-SM90 weight-only
+layout."""
 
 from dataclasses import dataclass
 
@@ -46,10 +47,11 @@ def dequantize(quant_weight: Tensor, weight_scale: Tensor) -> Tensor:
     return quant_weight.to(torch.bfloat16) * weight_scale
 
 
-# Paddle stores level + 128. The first eight rows of every 16 take the even places, the other eight the odd ones; 64 rows
-# of an even column are followed by the same 64 rows of the odd column beside it:
+# Paddle stores level + 128. The first eight rows of every 16 take the even places, the other eight the odd
+# ones; 64 rows of an even column are followed by the same 64 rows of the odd column beside it:
 #
-#     byte   | column 2j: rows 0 8 1 9 .. 7 15 | 16 24 17 .. | .. 63 | column 2j+1: rows 0 8 1 9 .. | next 64 rows ..
+#     byte   | column 2j: rows 0 8 1 9 .. 7 15 | 16 24 17 .. | .. 63 | column 2j+1: rows 0 8 1 9 .. | next 64
+# rows ..
 
 
 def pack(levels: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Dense Llama to ERNIE-4.5-MoE: the FFN's neurons are dealt out to one shared and eight routed experts.
 
-With all eight experts chosen for every token the function is unchanged: the router's softmax gives each 1/8, which the
-routed down projections, multiplied by 8, undo.
+With all eight experts chosen for every token the function is unchanged: the router's softmax gives each 1/8,
+which the routed down projections, multiplied by 8, undo.
 """
 
 from collections.abc import Iterator
@@ -68,6 +68,17 @@ def config(dense: DenseModel) -> dict[str, Any]:
         "moe_layer_end_index": dense.number("block_count") - 1,
         "moe_layer_interval": 1,
         "moe_norm_min": 1e-12,
+    }
+
+
+def generation_config(dense: DenseModel) -> dict[str, Any]:
+    """generation_config.json: where an answer ends, and that greedy decoding is the default."""
+    ids = {name: dense.fields[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos", "padding")}
+    return {
+        "bos_token_id": ids["bos"],
+        "eos_token_id": ids["eos"],
+        "pad_token_id": ids["padding"],
+        "do_sample": False,
     }
 
 

@@ -1,0 +1,1 @@
+"""Offline quantization of a checkpoint, one expert in memory at a time: what `wint2 quantize` runs."""

@@ -1,0 +1,78 @@
+"""One decoder layer over calibration windows, its weights handed in one by one: how the quantizer sees
+activations.
+
+The engine's decoder holds a whole model and a KV cache; a 300B model on a 64 GB machine allows neither. The
+operators are the engine's own. Shapes: S windows, T tokens each, D hidden, H query heads, G KV heads, C head
+dim, E experts, R rows (S·T).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cuda_kernels.norm import rms_norm
+from cuda_kernels.rope import cos_sin_table, rope
+from cuda_kernels.routing import route
+from gpu_worker.config import ModelConfig
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """Which rows each expert sees, and with what weight."""
+
+    probabilities_RE: Tensor
+    weights_RE: Tensor  # zero where the expert was not chosen
+
+    @property
+    def is_full(self) -> bool:
+        """Every expert sees every row."""
+        return bool((self.weights_RE > 0).all())
+
+    def rows(self, expert: int, at_least: int) -> tuple[Tensor, Tensor, int]:
+        """Row numbers, their weights, and how many of them were really routed there.
+
+        An expert seen by fewer than `at_least` rows is lent the rows its router likes best.
+        """
+        weights = self.weights_RE[:, expert]
+        chosen = weights.nonzero().squeeze(1)
+        if len(chosen) >= min(at_least, len(weights)):
+            return chosen, weights[chosen], len(chosen)
+        liked = self.probabilities_RE[:, expert].clone()
+        liked[chosen] += 1
+        rows = liked.topk(min(at_least, len(weights))).indices
+        return rows, weights[rows].clamp(min=1e-3), len(chosen)
+
+
+def attention_input(hidden_STD: Tensor, norm_D: Tensor, config: ModelConfig) -> Tensor:
+    """The normalized input of a block, float32 [S, T, D]."""
+    return rms_norm(hidden_STD, norm_D.float(), config.rms_norm_eps)
+
+
+def attention(x_STD: Tensor, qkv: Tensor, config: ModelConfig) -> Tensor:
+    """Causal attention before the output projection, [S, T, H·C]; `qkv` [D, (H+2G)·C]."""
+    windows, length, _ = x_STD.shape
+    heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    fused = (x_STD @ qkv).view(windows * length, heads + 2 * kv_heads, size)
+    query, key, value = fused.split([heads, kv_heads, kv_heads], dim=1)
+    positions = torch.arange(length).repeat(windows)
+    table = cos_sin_table(length, size, config.rope_theta, compression_ratio=config.compression_ratio)
+    query, key = rope(query, key, positions.to(x_STD.device), table.to(x_STD.device))
+    q, k, v = (t.reshape(windows, length, -1, size).transpose(1, 2) for t in (query, key, value))
+    out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
+    return out.transpose(1, 2).reshape(windows, length, heads * size)
+
+
+def swiglu(x: Tensor, up_gate: Tensor) -> Tensor:
+    """silu(x·gate) ⊙ (x·up) for `up_gate` [D, 2F] = [gate | up]."""
+    gate, up = (x @ up_gate).chunk(2, dim=-1)
+    return functional.silu(gate) * up
+
+
+def routing(x_RD: Tensor, router_DE: Tensor, bias_E: Tensor, config: ModelConfig) -> Routing:
+    """Top-k routing of every row."""
+    logits = x_RD @ router_DE
+    ids, weights = route(logits, bias_E, config.num_experts_per_token, config.norm_min)
+    dense = torch.zeros_like(logits).scatter_(1, ids.long(), weights)
+    return Routing(logits.softmax(dim=-1), dense)

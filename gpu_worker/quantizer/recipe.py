@@ -1,0 +1,48 @@
+"""Which weights become what: the options of `wint2 quantize`, and the config.json block that records them."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from cuda_kernels.formats.encoder import Effort
+from gpu_worker.config import ModelConfig
+
+DenseFormat = Literal["wint8", "none"]
+ExpertFormat = Literal["wint4", "wint2"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Attention, dense MLPs and shared experts in WINT8; routed experts in WINT4 up to a layer and WINT2
+    above it."""
+
+    wint4_end_layer: int = -1  # the last layer with WINT4 experts; -1 for none
+    dense: DenseFormat = "wint8"
+    effort: Effort = "normal"
+    min_rows: int = 256  # calibration rows an expert gets at least, lent by its router if need be
+
+    def expert_format(self, layer: int) -> ExpertFormat:
+        return "wint4" if layer <= self.wint4_end_layer else "wint2"
+
+    def quantization_config(self, config: ModelConfig) -> dict[str, Any]:
+        """The `quantization_config` that FastDeploy's ERNIE-4.5 2-bit checkpoints carry."""
+        last = config.num_hidden_layers - 1
+        return {
+            "quantization": "wint2",
+            "dense_quant_type": self.dense,
+            "moe_quant_type": "w4w2",
+            "moe_quant_config": {
+                "moe_w4_quant_config": {
+                    "quant_type": "wint4",
+                    "quant_granularity": "per_channel",
+                    "quant_start_layer": 0,
+                    "quant_end_layer": self.wint4_end_layer,
+                },
+                "moe_w2_quant_config": {
+                    "quant_type": "wint2",
+                    "quant_granularity": "pp_acc",
+                    "quant_group_size": 64,
+                    "quant_start_layer": self.wint4_end_layer + 1,
+                    "quant_end_layer": last,
+                },
+            },
+        }
