@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -72,6 +73,7 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
         self._check_size(request.ByteSize(), "messages")
         messages = [to_python(message) for message in request.messages]
         _check_messages(messages)
+        tools = [_parse_tool(text, index) for index, text in enumerate(request.tools_json)]
         text, token_ids = await _run(
             self._renderers,
             lambda: self._tokenizer.apply_chat_template(
@@ -79,7 +81,7 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
                 add_generation_prompt=(
                     not request.HasField("add_generation_prompt") or request.add_generation_prompt
                 ),
-                tools=[to_python(tool) for tool in request.tools] or None,
+                tools=tools or None,
                 template_kwargs=to_python(request.template_kwargs),
                 chat_template=request.chat_template if request.HasField("chat_template") else None,
             ),
@@ -129,10 +131,21 @@ def _check_messages(messages: Sequence[dict[str, Any]]) -> None:
             )
 
 
+def _parse_tool(text: str, index: int) -> dict[str, Any]:
+    field = f"tools_json[{index}]"
+    try:
+        tool = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgumentError(f"tool {index} is not valid JSON: {error}", field=field) from error
+    if not isinstance(tool, dict):
+        raise InvalidArgumentError(f"tool {index} is no JSON object", field=field)
+    return tool
+
+
 def to_python(value: struct_pb2.Struct | struct_pb2.Value | struct_pb2.ListValue) -> Any:
-    """The JSON value; a number without a fraction is an int, since Struct knows only doubles."""
+    """The JSON value. Struct has no order, so keys come sorted; it has only doubles, so whole ones become ints."""
     if isinstance(value, struct_pb2.Struct):
-        return {key: to_python(item) for key, item in value.fields.items()}
+        return {key: to_python(value.fields[key]) for key in sorted(value.fields)}
     if isinstance(value, struct_pb2.ListValue):
         return [to_python(item) for item in value.values]
     match value.WhichOneof("kind"):
