@@ -143,7 +143,7 @@ def _parse_tool(text: str, index: int) -> dict[str, Any]:
 
 
 def to_python(value: struct_pb2.Struct | struct_pb2.Value | struct_pb2.ListValue) -> Any:
-    """The JSON value. Struct has no order, so keys come sorted; it has only doubles, so whole ones become ints."""
+    """The JSON value. Struct has no order: keys come sorted. It has only doubles: whole ones become ints."""
     if isinstance(value, struct_pb2.Struct):
         return {key: to_python(value.fields[key]) for key in sorted(value.fields)}
     if isinstance(value, struct_pb2.ListValue):
