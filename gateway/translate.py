@@ -11,7 +11,7 @@ from google.protobuf.struct_pb2 import Struct
 
 from gateway.requests import Prompt, TextRequest
 from gateway.schemas import ChatCompletionRequest, CommonRequest, CompletionRequest, Message
-from protos.rpc.errors import InvalidArgumentError, PermissionDeniedError
+from protos.rpc.errors import InvalidArgumentError
 from protos.wint2.common.v1.common_pb2 import SamplingParams
 from protos.wint2.tokenizer.v1.tokenizer_pb2 import ApplyChatTemplateRequest
 
@@ -41,7 +41,7 @@ class Limits:
 def chat(body: ChatCompletionRequest, deadline: float, limits: Limits) -> TextRequest:
     if body.chat_template is not None and not limits.trust_request_chat_template:
         message = "chat templates in requests are not allowed on this server (--trust-request-chat-template)"
-        raise PermissionDeniedError(message, field="chat_template")
+        raise InvalidArgumentError(message, field="chat_template", reason="UNSUPPORTED_PARAMETER")
     template = ApplyChatTemplateRequest(
         messages=[template_message(message) for message in body.messages],
         add_generation_prompt=body.add_generation_prompt,
