@@ -15,7 +15,8 @@ from collections.abc import Callable
 from wint2.settings import child_environment
 from wint2.stack import Service
 
-TAIL_LINES = 12
+TAIL_LINES = 100  # kept
+EPITAPH_LINES = 12  # shown of a child that did not say why
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 LINE_END = re.compile(rb"(?<=[\r\n])")
 
@@ -61,13 +62,14 @@ class Child:
             os.killpg(self._process.pid, number)
 
     def epitaph(self) -> str:
-        """Why it ended, in one line or in its last lines."""
-        last = self.tail[-1] if self.tail else ""
-        if last.startswith("error: "):
-            return f"{self.service.name}: {last.removeprefix('error: ')}"
+        """Why it ended: its own `error:` with the lines that follow it, or else its last lines."""
+        errors = [index for index, line in enumerate(self.tail) if line.startswith("error: ")]
+        if errors:
+            reason = list(self.tail)[errors[-1] :]
+            return f"{self.service.name}: {chr(10).join(reason).removeprefix('error: ')}"
         code = self.exit_code
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        lines = "".join(f"\n  {line}" for line in self.tail)
+        lines = "".join(f"\n  {line}" for line in list(self.tail)[-EPITAPH_LINES:])
         return f"{self.service.name} {how}{'; its last lines:' if lines else ''}{lines}"
 
     async def _follow(self) -> int:
@@ -92,7 +94,7 @@ class Child:
         sys.stderr.write(text)
         sys.stderr.flush()
         if text.strip():
-            self.tail.append(text.strip())
+            self.tail.append(text.rstrip())
 
 
 def _die_with(parent: int) -> Callable[[], None] | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from protos.rpc.channel import open_channel, wait_serving
 from protos.wint2.worker.v1 import worker_pb2, worker_pb2_grpc
 
-GIB = 1 << 30
+PREFIXES = ("", "k", "M", "G", "T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,10 +28,16 @@ class WorkerFacts:
                 f"{model.served_model_name} ({model.model_type}), context {model.max_model_len} tokens",
             ),
             ("quantization", model.quantization),
-            ("weights", f"{model.weight_bytes / GIB:.2f} GiB, {model.num_parameters / 1e9:.2f} G parameters"),
+            ("weights", f"{_si(model.weight_bytes, 'B')} for {_si(model.num_parameters)} parameters"),
             ("KV cache", f"{server.num_kv_blocks} blocks x {server.block_size} = {tokens} tokens"),
             ("step", f"at most {server.max_num_seqs} sequences, {server.max_num_batched_tokens} tokens"),
         ]
+
+
+def _si(count: float, unit: str = "") -> str:
+    """Three digits and a prefix: 89.1 GB."""
+    power = min(max(0, len(str(int(count))) - 1) // 3, len(PREFIXES) - 1)
+    return f"{count / 1000**power:.3g} {PREFIXES[power]}{unit}"
 
 
 async def wait_until_serving(address: str, timeout_seconds: float, service: str = "") -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import signal
 import tempfile
 from collections.abc import Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
+from protos.rpc.telemetry import configure_logging
 from wint2.child import Child
 from wint2.clients import ask_worker, wait_until_serving
 from wint2.errors import EXIT_FAILED, EXIT_WRONG_INPUT, CommandError
@@ -16,12 +18,15 @@ from wint2.preflight import check_model, check_ports
 from wint2.settings import ServeSettings
 from wint2.stack import Stack, plan_stack, used_ports
 
+logger = logging.getLogger(__name__)
+
 START_SECONDS = 24 * 3600.0  # hundreds of gigabytes may come over a slow network file system
 STOP_SECONDS = 10.0  # beyond the drain timeout, until a child that does not end is killed
 
 
 def serve(settings: ServeSettings) -> None:
     """Runs the stack until it is told to end. Raises CommandError for wrong input or when a child dies."""
+    configure_logging(settings.log_level, "wint2", settings.log_format)
     check_model(settings.model, settings.tokenizer, needs_weights=settings.load_format != "dummy")
     check_ports(settings.host, used_ports(settings))
     with tempfile.TemporaryDirectory(prefix="wint2-") as folder:
@@ -51,11 +56,11 @@ class Launcher:
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self._stop_requested.is_set():
-            _say(f"{number.name}: ending at once")
+            logger.info("%s: ending at once", number.name)
             for child in self._children:
                 child.send(signal.SIGKILL)
         else:
-            _say(f"{number.name}: draining (once more ends at once)")
+            logger.info("%s: draining; once more ends at once", number.name)
             self._stop_requested.set()
 
     async def _unless_ended(self, work: Coroutine[Any, Any, object]) -> bool:
@@ -64,8 +69,7 @@ class Launcher:
         stop = asyncio.create_task(self._stop_requested.wait())
         deaths = [asyncio.create_task(child.wait()) for child in self._children]
         await asyncio.wait([done, stop, *deaths], return_when=asyncio.FIRST_COMPLETED)
-        for task in (done, stop, *deaths):
-            task.cancel() if not task.done() else None
+        await _cancel(done, stop, *deaths)
         if self._stop_requested.is_set():
             return False
         for child in self._children:
@@ -91,6 +95,13 @@ class Launcher:
         await _end(others, STOP_SECONDS)
 
 
+async def _cancel(*tasks: asyncio.Task[Any]) -> None:
+    """Ends the tasks, and waits until they have closed what they hold."""
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 async def _end(children: Iterable[Child], seconds: float) -> None:
     running = [child for child in children if not child.has_ended]
     for child in running:
@@ -114,7 +125,3 @@ def summarize(stack: Stack, facts: list[tuple[str, str]]) -> str:
         *(("worker gRPC", worker.address) for worker in stack.workers),
     ]
     return "\n".join(f"  {label:<13} {text}" for label, text in lines) + "\n"
-
-
-def _say(text: str) -> None:
-    print(f"wint2: {text}", flush=True)
