@@ -115,7 +115,7 @@ def _shared_bytes(warps_k: int, rows: int, stages: int, steps: int) -> int:
     token_tiles = -(-rows // 8)
     splits = 4 * warps_k // _WARPS
     partial = token_tiles * _WARPS * (256 + 32 // splits) * 4
-    return _WARPS * stages * _SLOT_BYTES + partial + steps * 2 * token_tiles * 64 + steps * 256 * rows + rows * 4
+    return _WARPS * stages * _SLOT_BYTES + 16 + partial + steps * 2 * token_tiles * 64 + steps * 256 * rows + rows * 4
 
 
 def launch_moe_wint2(
@@ -187,7 +187,7 @@ def _project(
         "ROWS": tiling.rows,
         "STAGES": tiling.stages,
     }
-    arguments = [packed.records, packed.channels, packed.integer, packed.super_scales]
+    arguments = [packed.records, packed.channels, packed.arithmetic, packed.super_scales]
     arguments += [packed.num_pairs, packed.num_steps]
     arguments += [rows, rows_max, rows.shape[1], rows.shape[1], *strides]
     arguments += [routed.sorted, routed.experts_per_token, routed.tiles, routed.num_tiles]

@@ -13,6 +13,7 @@ so that a warp reads 512 consecutive bytes and every lane finds in its sixteen t
 
 import logging
 from dataclasses import dataclass, replace
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -24,8 +25,16 @@ log = logging.getLogger(__name__)
 
 TILE = 16  # channels of one tensor-core tile
 STEP = 128  # of K; two 64-groups
-FRACTION_BITS = 17
+FRACTION_BITS, SHORT_FRACTION_BITS = 17, 9
 _SEARCHED = 64  # multipliers tried on either side of the rounded one
+
+
+class Arithmetic(IntEnum):
+    """How the kernel makes the code of a byte b; wint2.cuh has the same names."""
+
+    FLOATS = 0  # floor(fma(b, code_scale, code_zp + 1/2))
+    INTEGERS = 1  # (b·A + B) >> 17
+    SHORT = 2  # (b·A + B) >> 9 with A below 2^16: the cheapest
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +43,7 @@ class PackedWint2:
 
     records: Tensor  # u8 [E, P, record bytes]
     channels: Tensor  # i32 [E, P, 8, 8]: of channels (tile, r) = (0,0) (0,1) (1,0) (1,1) the multiplier A, then B
-    integer: Tensor  # i32 [E, P]: 1 if A, B are integers; 0 if they are the bits of code_scale and code_zp + 1/2
+    arithmetic: Tensor  # i32 [E, P]: which Arithmetic A and B are for (FLOATS: bits of code_scale, code_zp + 1/2)
     super_scales: Tensor  # f32 [E, P, 2, TILE]
     num_rows: int  # K, padded
     num_columns: int  # N as stored: gate and up counted both
@@ -82,11 +91,11 @@ def pack_wint2(
         raise ValueError(f"quant_weight: {num_rows} rows, need a multiple of {STEP}")
     pairs = [_paired(tensor, is_gated) for tensor in (quant_weight, weight_scale, super_scales, code_scale, code_zp)]
     records = torch.cat([_pack_scales(pairs[1]), _pack_codes(pairs[0])], dim=-1)
-    channels, integer = _pack_channels(pairs[3], pairs[4])
+    channels, arithmetic = _pack_channels(pairs[3], pairs[4])
     return PackedWint2(
         records=records,
         channels=channels,
-        integer=integer,
+        arithmetic=arithmetic,
         super_scales=pairs[2].float().contiguous(),
         num_rows=num_rows,
         num_columns=num_columns,
@@ -117,47 +126,46 @@ def code_points(packed: PackedWint2) -> Tensor:
     """The 15-bit codes that the kernel makes of the 256 bytes, i16 [E, 256, N]."""
     constants = packed.channels.view(packed.num_experts, -1, 8, 2, 2, 2)  # E P g (A,B) i r
     constants = constants.permute(3, 0, 1, 4, 5, 2).reshape(2, packed.num_experts, -1, 2, TILE)
-    integer = packed.integer.bool()[..., None, None].expand_as(constants[0])
-    a, b, use = (_unpaired(t.unsqueeze(1), packed)[:, 0] for t in (*constants, integer))
+    kinds = packed.arithmetic[..., None, None].expand_as(constants[0])
+    a, b, kind = (_unpaired(t.unsqueeze(1), packed) for t in (*constants, kinds))
     byte = torch.arange(ccq.NUM_CODES, device=a.device)[None, :, None]
-    exact = (byte * a[:, None].long() + b[:, None].long() >> FRACTION_BITS & ccq.CODE_MASK).short()
-    scale, offset = a.view(torch.float32), b.view(torch.float32)
-    value = ccq.fma(byte.float().expand_as(exact), scale[:, None].expand_as(exact), offset[:, None].expand_as(exact))
-    rounded = torch.where(use[:, None], 0.0, value).floor().long() & ccq.CODE_MASK
-    return torch.where(use[:, None], exact, rounded.short())
+    points = _float_codes(byte.float(), a.contiguous().view(torch.float32), b.contiguous().view(torch.float32))
+    for exact, bits in ((Arithmetic.INTEGERS, FRACTION_BITS), (Arithmetic.SHORT, SHORT_FRACTION_BITS)):
+        points = torch.where(kind == exact, byte * a.long() + b.long() >> bits, points)
+    return (points & ccq.CODE_MASK).short()
 
 
-def integer_constants(code_scale: Tensor, code_zp: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A, B (i32 [N]) with (b·A + B) >> 17 = code b, modulo 2^15, for all 256 bytes b; and where there are such.
+def integer_constants(code_scale: Tensor, code_zp: Tensor, fraction_bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A, B (i64 [N]) with (b·A + B) >> fraction_bits = code b for all 256 bytes b; and where there are such.
 
     For a multiplier A the allowed B are an interval, the intersection of one a byte; multipliers near
-    code_scale·2^17 are tried until the interval is not empty.
+    code_scale·2^fraction_bits are tried until the interval is not empty.
     """
-    codes = _linear_codes(code_scale, code_zp)  # i64 [256, N], not yet modulo 2^15
-    nearest = (code_scale.double() * 2**FRACTION_BITS).round().long()
+    byte = torch.arange(ccq.NUM_CODES, dtype=torch.float32, device=code_scale.device).unsqueeze(1)
+    codes = _float_codes(byte, code_scale, code_zp + 0.5)  # not yet modulo 2^15
+    nearest = (code_scale.double() * 2**fraction_bits).round().long()
     a, b, found = nearest.clone(), torch.zeros_like(nearest), torch.zeros_like(nearest, dtype=torch.bool)
     for distance in sorted(range(-_SEARCHED, _SEARCHED + 1), key=abs):
         open_channels = (~found).nonzero().squeeze(1)
         if open_channels.numel() == 0:
             break
         multiplier = nearest[open_channels] + distance
-        low, high = _offset_interval(codes[:, open_channels], multiplier)
+        low, high = _offset_interval(codes[:, open_channels], multiplier, fraction_bits)
         fits = low <= high
         hit = open_channels[fits]
         a[hit], b[hit], found[hit] = multiplier[fits], low[fits], True
-    return _wrap(a), _wrap(b), found
+    return a, b, found
 
 
-def _offset_interval(codes: Tensor, multiplier: Tensor) -> tuple[Tensor, Tensor]:
+def _float_codes(byte: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
+    byte, scale, offset = torch.broadcast_tensors(byte, scale, offset)
+    return ccq.fma(byte, scale, offset).nan_to_num().floor().long()
+
+
+def _offset_interval(codes: Tensor, multiplier: Tensor, fraction_bits: int) -> tuple[Tensor, Tensor]:
     byte = torch.arange(ccq.NUM_CODES, device=codes.device).unsqueeze(1)
-    least = (codes << FRACTION_BITS) - byte * multiplier
-    return least.amax(0), least.amin(0) + (1 << FRACTION_BITS) - 1
-
-
-def _linear_codes(code_scale: Tensor, code_zp: Tensor) -> Tensor:
-    byte = torch.arange(ccq.NUM_CODES, dtype=torch.float32, device=code_scale.device).unsqueeze(1)
-    shape = (ccq.NUM_CODES, code_scale.numel())
-    return ccq.fma(byte.expand(shape), code_scale.expand(shape), (code_zp + 0.5).expand(shape)).floor().long()
+    least = (codes << fraction_bits) - byte * multiplier
+    return least.amax(0), least.amin(0) + (1 << fraction_bits) - 1
 
 
 def _wrap(value: Tensor) -> Tensor:
@@ -202,13 +210,19 @@ def _pack_scales(scales: Tensor) -> Tensor:
 
 
 def _pack_channels(code_scale: Tensor, code_zp: Tensor) -> tuple[Tensor, Tensor]:
-    a, b, found = integer_constants(code_scale.flatten().float(), code_zp.flatten().float())
-    if not bool(found.all()):
-        log.info("%d of %d channels have no exact integer form and take the float path", (~found).sum(), found.numel())
-    shape = code_scale.shape
-    integer = found.view(shape).flatten(-2).all(-1)
-    use = integer[..., None, None]
-    a = torch.where(use, a.view(shape), code_scale.float().contiguous().view(torch.int32))
-    b = torch.where(use, b.view(shape), (code_zp.float() + 0.5).view(torch.int32))
+    """Constants and kinds of arithmetic: a pair takes the cheapest that is exact for all its channels."""
+    scale, zp = code_scale.float().contiguous(), code_zp.float().contiguous()
+    a, b = scale.view(torch.int32), (zp + 0.5).view(torch.int32)
+    kinds = torch.zeros(scale.shape[:2], dtype=torch.int32, device=scale.device)
+    for kind, bits in ((Arithmetic.INTEGERS, FRACTION_BITS), (Arithmetic.SHORT, SHORT_FRACTION_BITS)):
+        multiplier, offset, found = (t.view(scale.shape) for t in integer_constants(scale.flatten(), zp.flatten(), bits))
+        if kind is Arithmetic.SHORT:
+            found = found & (multiplier >= 0) & (multiplier < 2**16)
+        elif not bool(found.all()):
+            log.info("%d of %d channels have no exact integer form: float arithmetic", (~found).sum(), found.numel())
+        exact = found.flatten(-2).all(-1)
+        use = exact[..., None, None]
+        a, b = torch.where(use, _wrap(multiplier), a), torch.where(use, _wrap(offset), b)
+        kinds = torch.where(exact, int(kind), kinds)
     both = torch.stack([a, b], dim=2).unflatten(-1, (2, 8))  # E P (A,B) i r g
-    return both.permute(0, 1, 5, 2, 3, 4).reshape(*shape[:2], 8, 8).contiguous(), integer.int()
+    return both.permute(0, 1, 5, 2, 3, 4).reshape(*scale.shape[:2], 8, 8).contiguous(), kinds.int()

@@ -29,6 +29,18 @@ DEVICE u32 dot_bytes(u32 a, u32 b, u32 c) {
     return d;
 }
 
+// c + a's halves times bytes 0 and 1, or 2 and 3, of b.
+DEVICE u32 dot_low(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("dp2a.lo.u32.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+DEVICE u32 dot_high(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("dp2a.hi.u32.u32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+
 // (a & mask) | bits in one instruction.
 DEVICE u32 and_or(u32 a, u32 mask, u32 bits) {
     u32 d;
@@ -56,14 +68,33 @@ DEVICE float half_float(u16 x) {
     return d;
 }
 
-// Copies that bypass registers. They land in the order of their groups; wait_copies<n> leaves the n newest in flight.
+// Shared memory by its own 32-bit address, where the address arithmetic of a hot loop must stay small.
+struct __align__(16) Words4 {
+    u32 x, y, z, w;
+};
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
-DEVICE void copy16(void* shared, const void* global) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global)
+DEVICE Words4 load_shared16(u32 address) {
+    Words4 d;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d.x), "=r"(d.y), "=r"(d.z), "=r"(d.w)
+                 : "r"(address)
+                 : "memory");
+    return d;
+}
+DEVICE u32 load_shared4(u32 address) {
+    u32 d;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(d) : "r"(address) : "memory");
+    return d;
+}
+
+// Copies that bypass registers. They land in the order of their groups; wait_copies<n> leaves the n newest in flight.
+template <int kOffset = 0>  // of both addresses
+DEVICE void copy16(u32 shared, const void* global) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0 + %2], [%1 + %2], 16;" ::"r"(shared), "l"(global), "n"(kOffset)
                  : "memory");
 }
-DEVICE void copy4(void* shared, const void* global) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(shared)), "l"(global) : "memory");
+DEVICE void copy4(u32 shared, const void* global) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
 }
 DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kInFlight>
@@ -83,6 +114,13 @@ DEVICE void mma_bfloat(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const f
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
         : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
+}
+
+// threadIdx.x, read anew: what is derived from it is not kept in registers across a hot loop.
+DEVICE int thread_index() {
+    int x;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+    return x;
 }
 
 DEVICE void sync_block() { __syncthreads(); }
@@ -108,9 +146,6 @@ DEVICE float positive(float x) { return bits_float(float_bits(x) & 0x7FFFFFFFu);
 DEVICE int smaller(int a, int b) { return a < b ? a : b; }
 DEVICE float larger(float a, float b) { return a > b ? a : b; }
 
-struct __align__(16) Words4 {
-    u32 x, y, z, w;
-};
 struct __align__(16) Floats4 {
     float v[4];
 };

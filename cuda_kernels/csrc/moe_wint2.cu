@@ -23,6 +23,8 @@ constexpr int WARPS = 16, THREADS = 32 * WARPS, WARPS_N = WARPS / WARPS_K;
 constexpr int TOKEN_TILES = (ROWS + 7) / 8;
 constexpr int SPLITS = 4 / WARPS_N;  // threads that share one output's sum over warps
 constexpr int ADDENDS = WARPS_K / SPLITS;
+constexpr int FRAGMENT_BYTES = ROWS * 64;  // of half a 64-group of the token tile
+constexpr int START_BYTES = TOKEN_TILES * 64;
 constexpr int SLOT = 1152;  // bytes of one step: two tiles' codes and their scales
 constexpr int PARTIAL = 256 + 32 / SPLITS;  // floats of one warp's sums, padded so that a sum's readers differ in bank
 static_assert(WARPS_N * WARPS_K == WARPS && SPLITS * WARPS_N == 4, "WARPS_K must be 4, 8 or 16");
@@ -30,7 +32,7 @@ static_assert(WARPS_N * WARPS_K == WARPS && SPLITS * WARPS_N == 4, "WARPS_K must
 struct Weights {
     const u8* records;          // [E, pairs] of (scales u32 [steps, 8], codes Words4 [steps, 2, 32])
     const Words4* channels;     // [E, pairs, 8, 2]: A of rows g, g+8 of both tiles, then B
-    const u32* integer;         // [E, pairs]: 1 where A, B are integers, 0 where they are code_scale, code_zp + 1/2
+    const u32* arithmetic;      // [E, pairs]: which Arithmetic A and B are for
     const float* super_scales;  // [E, pairs, 2, 16]
     int pairs, steps, panels;
     DEVICE int code_offset() const { return (steps * 32 + 127) & ~127; }
@@ -51,6 +53,12 @@ struct Tile {
     int expert, first, rows, unused;
 };
 
+// This thread's lane, and its warp's place in a panel.
+DEVICE int my_lane() { return thread_index() % 32; }
+DEVICE int my_warp() { return thread_index() / 32; }
+DEVICE int my_warp_n() { return thread_index() / 32 / WARPS_K; }
+DEVICE int my_warp_k() { return thread_index() / 32 % WARPS_K; }
+
 // Where a pass begins and ends along K, in steps.
 struct Span {
     int begin, end;
@@ -59,7 +67,7 @@ DEVICE Span pass_span(int pass, int pass_steps, int steps) {
     return {pass * pass_steps, smaller((pass + 1) * pass_steps, steps)};
 }
 // One warp's part of it.
-DEVICE int own_steps(Span span, int warp_k) { return (span.end - span.begin - warp_k + WARPS_K - 1) / WARPS_K; }
+DEVICE int own_steps(Span span) { return (span.end - span.begin - my_warp_k() + WARPS_K - 1) / WARPS_K; }
 
 // The CTA's run of units (tile, panel), and its panels in a tile.
 struct Share {
@@ -77,11 +85,10 @@ DEVICE Share my_share(int units, int panels) {
 // and experts alike.
 struct Stream {
     Weights weights;
-    Share share;
+    const Share& share;
     const Tile* tiles;
     int passes, pass_steps;
-    int warp_n, warp_k, lane;
-    u8* ring;                 // [STAGES] of (codes Words4 [2, 32], scales u32 [32])
+    u32 ring_codes, ring_scales;  // this lane's, in the first of STAGES slots (codes Words4 [2, 32], scales u32 [32])
     int tile, pass, panel;    // what the next copy belongs to,
     int left;                 // how many steps of it remain to be copied by this warp,
     const u8 *codes, *scales;  // and this lane's share of the next
@@ -110,10 +117,10 @@ struct Stream {
     DEVICE void seek() {
         for (; share.has_tile(tile); next_panel()) {
             Span span = pass_span(pass, pass_steps, weights.steps);
-            int pair = panel * WARPS_N + warp_n;
-            left = own_steps(span, warp_k);
+            int pair = panel * WARPS_N + my_warp_n();
+            left = own_steps(span);
             if (left > 0 && pair < weights.pairs) {
-                point(((long)tiles[tile].expert * weights.pairs + pair) * weights.record_bytes(), span.begin + warp_k);
+                point(((long)tiles[tile].expert * weights.pairs + pair) * weights.record_bytes(), span.begin + my_warp_k());
                 return;
             }
         }
@@ -122,8 +129,8 @@ struct Stream {
     }
 
     DEVICE void point(long record, int step) {
-        scales = weights.records + record + step * 32 + (lane >> 2) * 4;
-        codes = weights.records + record + weights.code_offset() + step * 1024L + lane * 16;
+        scales = weights.records + record + step * 32 + my_lane() / 4 * 4;
+        codes = weights.records + record + weights.code_offset() + step * 1024L + my_lane() * 16;
     }
 
     DEVICE void next_panel() {
@@ -136,9 +143,9 @@ struct Stream {
     }
 
     DEVICE void copy(int into) {
-        copy16(ring + into + lane * 16, codes);
-        copy16(ring + into + 512 + lane * 16, codes + 512);
-        copy4(ring + into + 1024 + lane * 4, scales);
+        copy16(ring_codes + into, codes);
+        copy16<512>(ring_codes + into, codes);
+        copy4(ring_scales + into, scales);
         commit_copies();
         codes += WARPS_K * 1024;
         scales += WARPS_K * 32;
@@ -148,9 +155,9 @@ struct Stream {
     DEVICE void take(Words4 (&words)[2], u32& scale_word) {
         wait_copies<STAGES - 2>();
         copy(free);
-        words[0] = *(const Words4*)(ring + slot + lane * 16);
-        words[1] = *(const Words4*)(ring + slot + 512 + lane * 16);
-        scale_word = *(const u32*)(ring + slot + 1024 + lane * 4);
+        words[0] = load_shared16(ring_codes + slot);
+        words[1] = load_shared16(ring_codes + slot + 512);
+        scale_word = load_shared4(ring_scales + slot);
         free = slot;
         slot = slot == (STAGES - 1) * SLOT ? 0 : slot + SLOT;
     }
@@ -213,21 +220,41 @@ struct Activations {
 
 using Sums = float[2][TOKEN_TILES][4];
 
+// Where one lane reads the activations of its next step.
+struct Operands {
+    const u8* fragments[TOKEN_TILES];
+    const u8* starts;
+
+    // Columns without a row repeat the last one: what they sum up to is dropped.
+    DEVICE void point(const Activations& x, int step, int rows) {
+        int g = my_lane() / 4, t = my_lane() % 4;
+#pragma unroll
+        for (int n = 0; n < TOKEN_TILES; ++n) {
+            fragments[n] = (const u8*)(x.fragments + smaller(8 * n + g, rows - 1) * 4 + t) + step * 4 * FRAGMENT_BYTES;
+        }
+        starts = (const u8*)(x.starts + t) + step * 2 * START_BYTES;
+    }
+
+    DEVICE void advance(int steps) {
+#pragma unroll
+        for (int n = 0; n < TOKEN_TILES; ++n) fragments[n] += steps * 4 * FRAGMENT_BYTES;
+        starts += steps * 2 * START_BYTES;
+    }
+};
+
 // acc += (both tiles' weights of one 128-step) · (activations of kTiles token tiles).
-template <bool kInteger, int kTiles>
+template <Arithmetic kArithmetic, int kTiles>
 DEVICE void multiply(Sums& acc, const Words4 (&codes)[2], u32 scales, const Channels (&channels)[2],
-                     const Activations& x, int step, int rows, int lane) {
-    int g = lane >> 2, t = lane & 3;
+                     const Operands& x) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         Words4 b[kTiles][2];
         Floats4 start[kTiles];
 #pragma unroll
         for (int n = 0; n < kTiles; ++n) {
-            const Words4* mine = x.fragments + (step * 4 + h * 2) * ROWS * 4 + smaller(8 * n + g, rows - 1) * 4 + t;
-            b[n][0] = mine[0];
-            b[n][1] = mine[ROWS * 4];
-            start[n] = x.starts[((step * 2 + h) * TOKEN_TILES + n) * 4 + t];
+            b[n][0] = *(const Words4*)(x.fragments[n] + 2 * h * FRAGMENT_BYTES);
+            b[n][1] = *(const Words4*)(x.fragments[n] + (2 * h + 1) * FRAGMENT_BYTES);
+            start[n] = *(const Floats4*)(x.starts + h * START_BYTES + n * 64);
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -236,7 +263,7 @@ DEVICE void multiply(Sums& acc, const Words4 (&codes)[2], u32 scales, const Chan
 #pragma unroll
             for (int pair = 0; pair < 2; ++pair) {
                 u32 first[4], second[4];
-                decode<kInteger>(row, row8, pair, channels[i], first, second);
+                decode<kArithmetic>(row, row8, pair, channels[i], first, second);
 #pragma unroll
                 for (int n = 0; n < kTiles; ++n) {
                     mma(c[n], first, b[n][pair].x, b[n][pair].y, pair ? c[n] : start[n].v);
@@ -257,49 +284,62 @@ DEVICE void multiply(Sums& acc, const Words4 (&codes)[2], u32 scales, const Chan
     }
 }
 
-// All of this warp's steps of one panel. The inner loop is the kernel's whole cost: it ends where the copies, which are
-// ahead, come to another panel.
-template <bool kInteger, int kTiles>
-DEVICE void sweep(Sums& acc, Stream& stream, const Channels (&channels)[2], const Activations& x, Span span, int rows) {
-    int count = own_steps(span, stream.warp_k), step = stream.warp_k;
-    while (count > 0) {
+// `count` of this warp's steps: the loop that the kernel's time goes to.
+template <Arithmetic kArithmetic, int kTiles>
+DEVICE void multiply_steps(Sums& acc, Stream& stream, const Channels (&channels)[2], Operands& x, int count) {
+#pragma unroll(kArithmetic == FLOATS || TOKEN_TILES > 1 ? 1 : 2)
+    for (; count > 0; --count) {
+        Words4 codes[2];
+        u32 scales;
+        stream.take(codes, scales);
+        multiply<kArithmetic, kTiles>(acc, codes, scales, channels, x);
+        x.advance(WARPS_K);
+    }
+}
+
+template <Arithmetic kArithmetic>
+DEVICE void multiply_live(Sums& acc, Stream& stream, const Channels (&channels)[2], Operands& x, int count, int rows) {
+    if (TOKEN_TILES > 1 && rows > 8) {
+        multiply_steps<kArithmetic, TOKEN_TILES>(acc, stream, channels, x, count);
+    } else {
+        multiply_steps<kArithmetic, 1>(acc, stream, channels, x, count);
+    }
+}
+
+// The constants of one pair; loaded before the sums of the pair before are reduced, which hides the wait.
+struct PairConstants {
+    Words4 a, b;
+    u32 arithmetic;
+    DEVICE void load(const Weights& weights, int expert, int panel) {
+        int pair = panel * WARPS_N + my_warp_n();
+        if (pair >= weights.pairs) return;
+        long index = (long)expert * weights.pairs + pair;
+        const Words4* mine = weights.channels + (index * 8 + my_lane() / 4) * 2;
+        a = mine[0];
+        b = mine[1];
+        arithmetic = weights.arithmetic[index];
+    }
+};
+
+// All of this warp's steps of one panel, in runs that end where the copies, which are ahead, come to another panel.
+DEVICE void sweep(Sums& acc, Stream& stream, const PairConstants& constants, const Activations& activations, Span span,
+                  int rows) {
+    Channels channels[2] = {{{constants.a.x, constants.a.y}, {constants.b.x, constants.b.y}},
+                            {{constants.a.z, constants.a.w}, {constants.b.z, constants.b.w}}};
+    Operands x;
+    x.point(activations, my_warp_k(), rows);
+    for (int count = own_steps(span); count > 0;) {
         int run = smaller(count, stream.left);
         count -= run;
         stream.left -= run;
-#pragma unroll 1
-        for (; run > 0; --run, step += WARPS_K) {
-            Words4 codes[2];
-            u32 scales;
-            stream.take(codes, scales);
-            multiply<kInteger, kTiles>(acc, codes, scales, channels, x, step, rows, stream.lane);
+        switch (constants.arithmetic) {
+            case SHORT: multiply_live<SHORT>(acc, stream, channels, x, run, rows); break;
+            case INTEGERS: multiply_live<INTEGERS>(acc, stream, channels, x, run, rows); break;
+            default: multiply_live<FLOATS>(acc, stream, channels, x, run, rows);
         }
         if (stream.left == 0) stream.advance();
     }
 }
-
-template <bool kInteger>
-DEVICE void sweep_live(Sums& acc, Stream& stream, const Channels (&channels)[2], const Activations& x, Span span,
-                       int rows) {
-    if (TOKEN_TILES > 1 && rows > 8) {
-        sweep<kInteger, TOKEN_TILES>(acc, stream, channels, x, span, rows);
-    } else {
-        sweep<kInteger, 1>(acc, stream, channels, x, span, rows);
-    }
-}
-
-// The constants of one pair, loaded a panel ahead of their use.
-struct PairConstants {
-    Words4 a, b;
-    u32 integer;
-    DEVICE void load(const Weights& weights, int expert, int pair, int lane) {
-        if (pair >= weights.pairs) return;
-        long index = (long)expert * weights.pairs + pair;
-        const Words4* mine = weights.channels + (index * 8 + (lane >> 2)) * 2;
-        a = mine[0];
-        b = mine[1];
-        integer = weights.integer[index];
-    }
-};
 
 struct Output {
     void* values;              // GATED: bfloat h [R, channels]; else float [R, channels], by token and slot
@@ -311,35 +351,36 @@ struct Output {
 
 DEVICE float silu(float x) { return fast_divide(x, 1.f + fast_exp(-x)); }
 
-// Writes one output, or one pair of gate and up; returns |h|.
-DEVICE float write(const Output& out, const Rows& rows, int routed, int pair, int row, float first, float second) {
+// Writes one pair of outputs, or the h of one gate and up.
+DEVICE void write(const Output& out, const Rows& rows, int routed, int pair, int row, float first, float second) {
     if (GATED) {
-        float h = silu(first) * second;
         int channel = pair * 16 + row;
-        if (channel >= out.channels) return 0.f;
-        u16 rounded = float_bfloat(h);
-        ((u16*)out.values)[(long)routed * out.channels + channel] = rounded;
-        return positive(bfloat_float(rounded));
+        if (channel >= out.channels) return;
+        u16 h = float_bfloat(silu(first) * second);
+        ((u16*)out.values)[(long)routed * out.channels + channel] = h;
+        u32 size = (u32)(h & 0x7FFF) << 16;
+        if (size > out.max_bits[routed]) atomic_max(&out.max_bits[routed], size);
+        return;
     }
     int slot = rows.sorted[routed], channel = pair * 32 + row;
     float weight = out.expert_weights[slot];
     float* y = (float*)out.values + (long)slot * out.channels;
     if (channel < out.channels) y[channel] = first * weight;
     if (channel + 16 < out.channels) y[channel + 16] = second * weight;
-    return 0.f;
 }
 
-// Adds the warps' sums of one panel. A thread owns element (g, t, c) of the accumulator fragment of one pair.
+// The warps' sums of one panel, added and written. A thread owns element (g, t, c) of one pair's accumulator fragments,
+// and shares it with SPLITS - 1 others.
 struct Reduction {
     float* partial;  // [TOKEN_TILES, WARPS, PARTIAL]
 
-    DEVICE void put(const Sums& acc, int warp, int lane) {
+    DEVICE void put(const Sums& acc) {
 #pragma unroll
         for (int n = 0; n < TOKEN_TILES; ++n) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 Floats4 value = {acc[i][n][0], acc[i][n][1], acc[i][n][2], acc[i][n][3]};
-                *(Floats4*)(partial + (n * WARPS + warp) * PARTIAL + i * 128 + lane * 4) = value;
+                *(Floats4*)(partial + (n * WARPS + my_warp()) * PARTIAL + i * 128 + my_lane() * 4) = value;
             }
         }
     }
@@ -358,92 +399,80 @@ struct Reduction {
             second += shuffle_xor(second, lanes);
         }
     }
+
+    // `place` numbers the panel among those whose sums this CTA keeps between passes.
+    DEVICE void finish(const Output& out, const Rows& rows, const Weights& weights, const Tile& tile,
+                       const float* inverse, int panel, int place, bool is_first_pass, bool is_last_pass) {
+        int split = thread_index() % SPLITS, element = thread_index() / SPLITS % 128;
+        int warp_n = thread_index() / SPLITS / 128, pair = panel * WARPS_N + warp_n;
+        int row = (element >> 4) + 8 * ((element >> 1) & 1), column = 2 * ((element >> 2) & 3) + (element & 1);
+        const float* scale = weights.super_scales + ((long)tile.expert * weights.pairs + pair) * 32 + row;
+#pragma unroll
+        for (int n = 0; n < TOKEN_TILES; ++n, column += 8) {
+            float first, second;
+            sum(n, warp_n, element, split, first, second);
+            if (split || column >= tile.rows || pair >= weights.pairs) continue;
+            long kept = ((((long)blockIdx.x * out.panels_kept + place) * TOKEN_TILES + n) * 4 + warp_n) * 256 + element;
+            if (!is_first_pass) {
+                first += out.scratch[kept];
+                second += out.scratch[kept + 128];
+            }
+            if (is_last_pass) {
+                float factor = inverse[column];
+                write(out, rows, tile.first + column, pair, row, first * factor * scale[0], second * factor * scale[16]);
+            } else {
+                out.scratch[kept] = first;
+                out.scratch[kept + 128] = second;
+            }
+        }
+    }
 };
 
-KERNEL(THREADS, 1) expert_projection(const u8* records, const Words4* channel_constants, const u32* integer,
+KERNEL(THREADS, 1) expert_projection(const u8* records, const Words4* channel_constants, const u32* arithmetic,
                                      const float* super_scales, int pairs, int steps, const u16* x, const u32* x_max,
                                      int x_stride, int x_length, int lane_stride, int pair_stride, const int* sorted,
                                      int experts_per_token, const Tile* tiles, const int* num_tiles, void* values,
                                      u32* max_bits, const float* expert_weights, float* scratch, int out_channels,
                                      int panels_kept, int passes) {
     DYNAMIC_SHARED(shared);
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int warp_n = warp / WARPS_K, warp_k = warp % WARPS_K;
     int panels = (pairs + WARPS_N - 1) / WARPS_N, pass_steps = (steps + passes - 1) / passes;
-    Weights weights = {records, channel_constants, integer, super_scales, pairs, steps, panels};
+    Weights weights = {records, channel_constants, arithmetic, super_scales, pairs, steps, panels};
     Rows rows = {x, x_max, sorted, x_stride, x_length, experts_per_token, lane_stride, pair_stride};
     Output out = {values, max_bits, expert_weights, scratch, out_channels, panels_kept};
 
-    Reduction reduction = {(float*)(shared + WARPS * STAGES * SLOT)};
+    u8* end_of_rings = shared + WARPS * STAGES * SLOT;
+    Share& share = *(Share*)end_of_rings;
+    Reduction reduction = {(float*)(end_of_rings + 16)};
     Activations activations;
     activations.starts = (Floats4*)(reduction.partial + TOKEN_TILES * WARPS * PARTIAL);
     activations.fragments = (Words4*)(activations.starts + pass_steps * 2 * TOKEN_TILES * 4);
     activations.inverse = (float*)(activations.fragments + pass_steps * 4 * ROWS * 4);
-
-    Share share = my_share(*num_tiles * panels, panels);
+    if (threadIdx.x == 0) share = my_share(*num_tiles * panels, panels);
+    sync_block();
     if (share.begin == share.end) return;
-    Stream stream = {weights, share, tiles, passes, pass_steps, warp_n, warp_k, lane, shared + warp * STAGES * SLOT};
+
+    u32 ring = shared_address(shared) + my_warp() * STAGES * SLOT;
+    Stream stream = {weights, share, tiles, passes, pass_steps, ring + my_lane() * 16, ring + 1024 + my_lane() * 4};
     stream.start();
-
-    int split = threadIdx.x % SPLITS, element = threadIdx.x / SPLITS % 128, out_n = threadIdx.x / SPLITS / 128;
-    int out_row = (element >> 4) + 8 * ((element >> 1) & 1), out_column = 2 * ((element >> 2) & 3) + (element & 1);
-
     for (int tile_index = share.first_tile(); share.has_tile(tile_index); ++tile_index) {
-        Tile tile = tiles[tile_index];
-        int first_panel = share.first_panel(tile_index), last_panel = share.last_panel(tile_index);
-        float largest[TOKEN_TILES] = {};
         for (int pass = 0; pass < passes; ++pass) {
+            const Tile& tile = tiles[tile_index];
             Span span = pass_span(pass, pass_steps, steps);
             sync_block();
             activations.stage(rows, tile, span);
-            PairConstants next;
-            next.load(weights, tile.expert, first_panel * WARPS_N + warp_n, lane);
+            PairConstants constants;
+            constants.load(weights, tile.expert, share.first_panel(tile_index));
             sync_block();
-            for (int panel = first_panel; panel < last_panel; ++panel) {
-                PairConstants constants = next;
-                next.load(weights, tile.expert, (panel + 1) * WARPS_N + warp_n, lane);
-                Channels channels[2] = {{{constants.a.x, constants.a.y}, {constants.b.x, constants.b.y}},
-                                        {{constants.a.z, constants.a.w}, {constants.b.z, constants.b.w}}};
+            for (int panel = share.first_panel(tile_index); panel < share.last_panel(tile_index); ++panel) {
                 Sums acc = {};
-                if (panel * WARPS_N + warp_n < pairs) {
-                    if (constants.integer) {
-                        sweep_live<true>(acc, stream, channels, activations, span, tile.rows);
-                    } else {
-                        sweep_live<false>(acc, stream, channels, activations, span, tile.rows);
-                    }
-                }
+                if (panel * WARPS_N + my_warp_n() < pairs) sweep(acc, stream, constants, activations, span, tile.rows);
+                constants.load(weights, tile.expert, panel + 1);
                 sync_block();
-                reduction.put(acc, warp, lane);
+                reduction.put(acc);
                 sync_block();
-                int pair = panel * WARPS_N + out_n;
-                const float* scale = super_scales + ((long)tile.expert * pairs + pair) * 32 + out_row;
-#pragma unroll
-                for (int n = 0; n < TOKEN_TILES; ++n) {
-                    float first, second;
-                    reduction.sum(n, out_n, element, split, first, second);
-                    int column = 8 * n + out_column;
-                    if (split || column >= tile.rows || pair >= pairs) continue;
-                    float* kept = scratch + ((((long)blockIdx.x * panels_kept + panel - first_panel) * TOKEN_TILES + n) *
-                                             4 + out_n) * 256 + element;
-                    if (pass) {
-                        first += kept[0];
-                        second += kept[128];
-                    }
-                    if (pass + 1 < passes) {
-                        kept[0] = first;
-                        kept[128] = second;
-                        continue;
-                    }
-                    float inverse = activations.inverse[column];
-                    float size = write(out, rows, tile.first + column, pair, out_row, first * inverse * scale[0],
-                                       second * inverse * scale[16]);
-                    largest[n] = larger(largest[n], size);
-                }
+                reduction.finish(out, rows, weights, tile, activations.inverse, panel,
+                                 panel - share.first_panel(tile_index), pass == 0, pass + 1 == passes);
             }
-        }
-#pragma unroll
-        for (int n = 0; n < TOKEN_TILES; ++n) {
-            if (largest[n] > 0.f) atomic_max(&max_bits[tile.first + 8 * n + out_column], float_bits(largest[n]));
         }
     }
 }

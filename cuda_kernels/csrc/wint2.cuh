@@ -63,33 +63,39 @@ DEVICE void fields(u32 q, u32& field3, u32& field2, u32& field1, u32& field0) {
 }
 #endif
 
-// u in bits 17..31.
-template <bool kInteger>
+// How a pair's bytes become u; packing picks the cheapest that is exact for all of its channels.
+enum Arithmetic {
+    FLOATS = 0,    // a, b are the floats code_scale and code_zp + 1/2
+    INTEGERS = 1,  // 17 fraction bits: u in bits 17..31
+    SHORT = 2,     // 9 fraction bits, a of 16 bits: u in bits 9..23, byte selection and product in one instruction
+};
+
+template <Arithmetic kArithmetic>
 DEVICE u32 expand(u32 word, int byte, u32 a, u32 b) {
-#ifdef WINT2_PERMUTE
-    u32 code = prmt(word, 0, 0x4440 | byte);
-#else
-    u32 code = dot_bytes(word, 1u << 8 * byte, 0);
-#endif
-    if (kInteger) return code * a + b;
-    // A channel for which no integers do: here a and b are the floats code_scale and code_zp + 1/2.
+    if (kArithmetic == SHORT) {
+        u32 factor = byte % 2 ? a << 16 : a;
+        return byte < 2 ? dot_low(factor, word, b) : dot_high(factor, word, b);
+    }
+    // Half of the bytes are selected on the logic pipe, half on the multiplier's: either alone would be the bottleneck.
+    u32 code = byte == 0 ? word & 0xFF : byte == 3 ? word >> 24 : dot_bytes(word, 1u << 8 * byte, 0);
+    if (kArithmetic == INTEGERS) return code * a + b;
     float u = round_down(fused((float)(int)code, bits_float(a), bits_float(b)));
     float wrapped = fused(-round_down(u * 0x1p-15f), 0x1p15f, u);
     return (u32)to_int(wrapped) << 17;
 }
 
 // Codes 2·pair and 2·pair+1 of one row's word: eight weights in four registers.
-template <bool kInteger>
+template <Arithmetic kArithmetic>
 DEVICE void expand_pair(u32 word, int pair, u32 a, u32 b, u32& field3, u32& field2, u32& field1, u32& field0) {
-    u32 q = prmt(expand<kInteger>(word, 2 * pair, a, b), expand<kInteger>(word, 2 * pair + 1, a, b), 0x7632);
-    fields(q, field3, field2, field1, field0);
+    u32 low = expand<kArithmetic>(word, 2 * pair, a, b), high = expand<kArithmetic>(word, 2 * pair + 1, a, b);
+    fields(prmt(low, high, kArithmetic == SHORT ? 0x6521 : 0x7632), field3, field2, field1, field0);
 }
 
 // A fragments of mma number 2·pair (fields 3 and 2) and 2·pair+1 (fields 1 and 0) of one 64-group.
-template <bool kInteger>
+template <Arithmetic kArithmetic>
 DEVICE void decode(u32 row, u32 row8, int pair, const Channels& channels, u32 (&first)[4], u32 (&second)[4]) {
-    expand_pair<kInteger>(row, pair, channels.a[0], channels.b[0], first[0], first[2], second[0], second[2]);
-    expand_pair<kInteger>(row8, pair, channels.a[1], channels.b[1], first[1], first[3], second[1], second[3]);
+    expand_pair<kArithmetic>(row, pair, channels.a[0], channels.b[0], first[0], first[2], second[0], second[2]);
+    expand_pair<kArithmetic>(row8, pair, channels.a[1], channels.b[1], first[1], first[3], second[1], second[3]);
 }
 
 // The 4-bit local scale number `index` (0..3) of a word, as a float: its bits are put in a mantissa where they stand.

@@ -218,6 +218,8 @@ DEVICE u32 dot_bytes(u32 a, u32 b, u32 c) {
     for (int i = 0; i < 32; i += 8) c += (a >> i & 255) * (b >> i & 255);
     return c;
 }
+DEVICE u32 dot_low(u32 a, u32 b, u32 c) { return c + (a & 0xFFFF) * (b & 255) + (a >> 16) * (b >> 8 & 255); }
+DEVICE u32 dot_high(u32 a, u32 b, u32 c) { return dot_low(a, b >> 16, c); }
 DEVICE u32 and_or(u32 a, u32 mask, u32 bits) { return (a & mask) | bits; }
 DEVICE u32 float_bits(float x) { return emulator::to_bits(x); }
 DEVICE float bits_float(u32 x) { return emulator::to_float(x); }
@@ -234,8 +236,18 @@ DEVICE void queue_copy(void* to, const void* from, int bytes) {
     if ((uintptr_t)to % bytes || (uintptr_t)from % bytes) emulator::fail("misaligned copy");
     emulator::cta.thread[emulator::cta.current].open.push_back({to, from, bytes});
 }
-DEVICE void copy16(void* shared, const void* global) { queue_copy(shared, global, 16); }
-DEVICE void copy4(void* shared, const void* global) { queue_copy(shared, global, 4); }
+struct alignas(16) Words4 {
+    u32 x, y, z, w;
+};
+DEVICE u32 shared_address(const void* p) { return (u32)((u8*)p - emulator::cta.shared); }
+DEVICE u8* shared_pointer(u32 address) { return emulator::cta.shared + address; }
+DEVICE Words4 load_shared16(u32 address) { return *(const Words4*)shared_pointer(address); }
+DEVICE u32 load_shared4(u32 address) { return *(const u32*)shared_pointer(address); }
+template <int kOffset = 0>
+DEVICE void copy16(u32 shared, const void* global) {
+    queue_copy(shared_pointer(shared + kOffset), (const u8*)global + kOffset, 16);
+}
+DEVICE void copy4(u32 shared, const void* global) { queue_copy(shared_pointer(shared), global, 4); }
 DEVICE void commit_copies() {
     auto& thread = emulator::cta.thread[emulator::cta.current];
     thread.groups.push_back(std::move(thread.open));
@@ -257,6 +269,7 @@ DEVICE void mma_bfloat(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const f
     emulator::mma_m16n8k16(d, a, b0, b1, c, emulator::bfloat_to_float);
 }
 
+DEVICE int thread_index() { return emulator::cta.current; }
 DEVICE void sync_block() {
     auto& cta = emulator::cta;
     uint64_t generation = cta.barrier_generation;
