@@ -11,7 +11,8 @@ import grpc
 
 from gpu_worker.health import WorkerHealth
 from protos.rpc.channel import open_channel
-from protos.rpc.errors import from_rpc_error
+from protos.rpc.errors import UnavailableError, from_rpc_error
+from protos.rpc.security import PLAINTEXT, Security
 from protos.wint2.scheduler.v1 import scheduler_pb2, scheduler_pb2_grpc
 
 logger = logging.getLogger(__name__)
@@ -19,6 +20,7 @@ logger = logging.getLogger(__name__)
 REPORT_SECONDS = 1.0
 FIRST_BACKOFF_SECONDS = 0.1
 MAX_BACKOFF_SECONDS = 5.0
+UNREACHABLE = UnavailableError.default_reason
 
 
 class Registrar:
@@ -30,17 +32,19 @@ class Registrar:
         registration: scheduler_pb2.WorkerRegistration,
         load: Callable[[], scheduler_pb2.WorkerLoad],
         health: WorkerHealth,
+        security: Security = PLAINTEXT,
     ) -> None:
         self._scheduler = scheduler
         self._registration = registration
         self._load = load
         self._health = health
+        self._security = security
         self._backoff_seconds = FIRST_BACKOFF_SECONDS
         self._is_reported_lost = False
 
     async def run(self) -> None:
         """Never returns; cancel it to leave the scheduler."""
-        async with open_channel(self._scheduler) as channel:
+        async with open_channel(self._scheduler, self._security) as channel:
             stub = scheduler_pb2_grpc.SchedulerServiceStub(channel)
             while True:
                 reason = await self._stay(stub)
@@ -57,7 +61,8 @@ class Registrar:
                 self._backoff_seconds = FIRST_BACKOFF_SECONDS
                 self._is_reported_lost = False
         except grpc.aio.AioRpcError as error:
-            return str(from_rpc_error(error))
+            answer = from_rpc_error(error)
+            return "it cannot be reached" if answer.reason == UNREACHABLE else answer.message
         finally:
             call.cancel()
         return "it ended the registration"

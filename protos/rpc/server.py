@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import logging
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,6 +125,15 @@ class GrpcServer:
         self.address = self._bind()
         await self._server.start()
         return self.address
+
+    @asynccontextmanager
+    async def listening(self) -> AsyncIterator[str]:
+        """`start`, and whatever happens in the body, `stop`."""
+        address = await self.start()
+        try:
+            yield address
+        finally:
+            await self.stop()
 
     def add(self, service: Service) -> None:
         """Makes the service's methods answer."""

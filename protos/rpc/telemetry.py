@@ -46,11 +46,11 @@ def outgoing_metadata() -> tuple[tuple[str, str], ...]:
 
 
 class TextFormatter(logging.Formatter):
-    """`15:04:05 gateway   INFO  message [request id]`, a traceback below it if there is one."""
+    """`15:04:05 gateway   INFO    message [request id]`, a traceback below it if there is one."""
 
     def __init__(self, service: str) -> None:
         super().__init__(
-            f"%(asctime)s {service:<9} %(levelname)-5s %(message)s%(request_id)s", datefmt="%H:%M:%S"
+            f"%(asctime)s {service:<9} %(levelname)-7s %(message)s%(request_id)s", datefmt="%H:%M:%S"
         )
 
     def format(self, record: logging.LogRecord) -> str:

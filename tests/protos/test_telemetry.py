@@ -28,7 +28,7 @@ def request_id():
 
 def test_a_text_line_reads_well():
     line = telemetry.TextFormatter("gateway").format(record("hello %s", "you"))
-    assert line[8:] == " gateway   INFO  hello you"
+    assert line[8:] == " gateway   INFO    hello you"
 
 
 def test_the_request_id_is_in_the_line_and_in_calls(request_id):
