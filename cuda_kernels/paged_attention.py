@@ -27,25 +27,39 @@ _MAX_ITEMS = 512
 
 
 @dataclass(frozen=True, slots=True)
-class _Tiles:
-    """Query tiles of equal size, those with the most blocks first."""
+class _Part:
+    """Tiles of Q tokens, those with the most blocks first, and their items, block index by block index."""
 
-    sequence_U: torch.Tensor
-    first_row_U: torch.Tensor  # in T
-    first_position_U: torch.Tensor
-    num_blocks_U: torch.Tensor
-    num_queries_U: torch.Tensor
-    size: int  # Q
+    tile_size: int  # Q
+    token_UQ: torch.Tensor  # rows in T, clamped past a tile's end
+    is_real_UQ: torch.Tensor
+    active: tuple[int, ...]  # of each block index, how many tiles reach it: tiles 0 .. active - 1
+    tile_I: torch.Tensor
+    block_I: torch.Tensor  # in the cache
+    is_future_I1RP: torch.Tensor
 
-    def __getitem__(self, part: slice | torch.Tensor) -> _Tiles:
-        return _Tiles(
-            self.sequence_U[part],
-            self.first_row_U[part],
-            self.first_position_U[part],
-            self.num_blocks_U[part],
-            self.num_queries_U[part],
-            self.size,
-        )
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """What a step's attention visits, the same in every layer."""
+
+    parts: tuple[_Part, ...]
+
+
+def plan_attention(
+    block_tables_SM: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    context_lens_S: torch.Tensor,
+    max_query_len: int,
+    block_size: int,
+    num_heads_per_kv_head: int,
+) -> AttentionPlan | None:
+    """The plan of a step on a CPU; None on a GPU, whose kernel finds its own way."""
+    if block_tables_SM.is_cuda:
+        return None
+    planner = _Planner(block_tables_SM.long(), block_size, num_heads_per_kv_head)
+    tilings = _tilings(cu_seqlens_q.long(), context_lens_S.long(), max_query_len, block_size)
+    return AttentionPlan(tuple(planner.part(tiles) for tiling in tilings for tiles in _bounded(tiling)))
 
 
 def paged_attention(
@@ -57,47 +71,137 @@ def paged_attention(
     context_lens_S: torch.Tensor,
     max_query_len: int,
     scale: float,
+    plan: AttentionPlan | None = None,
 ) -> torch.Tensor:
     """softmax(scale · Q Kᵀ + causal mask) V over each sequence's cached tokens: [T, H, C].
 
     Query i of a sequence sits at position `context_len - query_len + i`; `context_lens_S` counts the step's
-    own tokens, whose keys and values are already stored. Softmax and sums are float32.
+    own tokens, whose keys and values are already stored. Softmax and sums are float32. `plan`, of the same
+    step, spares making it again in every layer.
     """
+    plan = plan or plan_attention(
+        block_tables_SM,
+        cu_seqlens_q,
+        context_lens_S,
+        max_query_len,
+        key_cache_BPGC.shape[1],
+        query_THC.shape[1] // key_cache_BPGC.shape[2],
+    )
+    assert plan is not None
     out_THC = torch.zeros_like(query_THC)
-    for tiles in _cut(cu_seqlens_q.long(), context_lens_S.long(), max_query_len, key_cache_BPGC.shape[1]):
-        for part in _bounded(tiles):
-            _attend(out_THC, query_THC, key_cache_BPGC, value_cache_BPGC, block_tables_SM, part, scale)
+    for part in plan.parts:
+        _attend(out_THC, query_THC, key_cache_BPGC, value_cache_BPGC, part, scale)
     return out_THC
 
 
-def _cut(
+def _attend(
+    out_THC: torch.Tensor,
+    query_THC: torch.Tensor,
+    key_cache_BPGC: torch.Tensor,
+    value_cache_BPGC: torch.Tensor,
+    part: _Part,
+    scale: float,
+) -> None:
+    query_UGRC = _tile_queries(query_THC[part.token_UQ].float() * scale, key_cache_BPGC.shape[2])
+    keys_IGPC = _gather(key_cache_BPGC, part.block_I)
+    scores_IGRP = _products(query_UGRC.index_select(0, part.tile_I), keys_IGPC.transpose(-1, -2))
+    scores_IGRP.masked_fill_(part.is_future_I1RP, -torch.inf)
+    weights_IGRP = _exp_below_tile_maximum(scores_IGRP, part)
+    products_IGRC = _products(weights_IGRP, _gather(value_cache_BPGC, part.block_I))
+    sums_UGRC = _fold(torch.add, products_IGRC, part.active)
+    totals_UGR1 = _fold(torch.add, weights_IGRP.sum(-1, keepdim=True), part.active)
+    result_UQHC = _untile(sums_UGRC / totals_UGR1, part.tile_size, query_THC.shape[1])
+    out_THC[part.token_UQ[part.is_real_UQ]] = result_UQHC[part.is_real_UQ].to(out_THC.dtype)
+
+
+def _tile_queries(query_UQHC: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """[U, Q, H, C] -> [U, G, R, C], R = query heads of a KV head × Q, padded to a multiple of four."""
+    num_tiles, size, num_heads, head_dim = query_UQHC.shape
+    by_head = query_UQHC.view(num_tiles, size, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    query_UGRC = by_head.permute(0, 2, 3, 1, 4).reshape(num_tiles, num_kv_heads, -1, head_dim)
+    missing = -query_UGRC.shape[2] % _ROW_MULTIPLE
+    return F.pad(query_UGRC, (0, 0, 0, missing)) if missing else query_UGRC
+
+
+def _untile(result_UGRC: torch.Tensor, tile_size: int, num_heads: int) -> torch.Tensor:
+    """The inverse of `_tile_queries`: [U, Q, H, C]."""
+    num_tiles, num_kv_heads, _, head_dim = result_UGRC.shape
+    group = num_heads // num_kv_heads
+    result = result_UGRC[:, :, : group * tile_size]
+    by_head = result.reshape(num_tiles, num_kv_heads, group, tile_size, head_dim)
+    return by_head.permute(0, 3, 1, 2, 4).flatten(2, 3)
+
+
+def _gather(cache_BPGC: torch.Tensor, block_I: torch.Tensor) -> torch.Tensor:
+    """The blocks of the items, head by head: [I, G, P, C] float32."""
+    return cache_BPGC.transpose(1, 2).index_select(0, block_I).float()
+
+
+def _products(a_IGRX: torch.Tensor, b_IGXY: torch.Tensor) -> torch.Tensor:
+    products = torch.bmm(a_IGRX.flatten(0, 1), b_IGXY.flatten(0, 1))
+    return products.view(*a_IGRX.shape[:3], -1)
+
+
+def _exp_below_tile_maximum(scores_IGRP: torch.Tensor, part: _Part) -> torch.Tensor:
+    maximum_UGR1 = _fold(torch.maximum, scores_IGRP.amax(-1, keepdim=True), part.active)
+    return scores_IGRP.sub_(maximum_UGR1.index_select(0, part.tile_I)).exp_()
+
+
+def _fold(
+    combine: Callable[..., torch.Tensor], items_I: torch.Tensor, active: tuple[int, ...]
+) -> torch.Tensor:
+    """Combine the items of each tile in the order of their blocks."""
+    if len(active) == 1:
+        return items_I
+    first, *rest = torch.split(items_I, list(active))
+    total_U: torch.Tensor = first.clone()
+    for items in rest:
+        beginning = total_U[: len(items)]
+        combine(beginning, items, out=beginning)
+    return total_U
+
+
+@dataclass(frozen=True, slots=True)
+class _Tiles:
+    """Query tiles of equal size, those with the most blocks first."""
+
+    size: int
+    sequence_U: torch.Tensor
+    first_row_U: torch.Tensor  # in T
+    first_position_U: torch.Tensor
+    num_queries_U: torch.Tensor
+    num_blocks_U: torch.Tensor
+
+    def __getitem__(self, which: slice | torch.Tensor) -> _Tiles:
+        return _Tiles(
+            self.size,
+            self.sequence_U[which],
+            self.first_row_U[which],
+            self.first_position_U[which],
+            self.num_queries_U[which],
+            self.num_blocks_U[which],
+        )
+
+
+def _tilings(
     cu_seqlens: torch.Tensor, context_lens_S: torch.Tensor, max_query_len: int, block_size: int
 ) -> Iterator[_Tiles]:
     """Decodes as tiles of one token, prefill chunks as tiles of many."""
-    first_rows_S, query_lens_S = cu_seqlens[:-1], cu_seqlens.diff()
+    query_lens_S = cu_seqlens.diff()
     first_positions_S = (context_lens_S - query_lens_S).clamp(min=0)
-    sequences_S = torch.arange(len(query_lens_S))
-    for size, members in _by_tile_size(query_lens_S, sequences_S, max_query_len):
+    kinds = [(1, query_lens_S == 1), (_PREFILL_TILE_TOKENS, query_lens_S > 1)]
+    for size, is_member_S in kinds[: 1 if max_query_len == 1 else 2]:
+        members = is_member_S.nonzero().squeeze(1)
         num_tiles = (query_lens_S[members] + size - 1) // size
         sequence_U = members.repeat_interleave(num_tiles)
-        tile_starts = num_tiles.cumsum(0) - num_tiles
-        offset_U = (torch.arange(len(sequence_U)) - tile_starts.repeat_interleave(num_tiles)) * size
+        tile_starts = (num_tiles.cumsum(0) - num_tiles).repeat_interleave(num_tiles)
+        offset_U = (torch.arange(len(sequence_U)) - tile_starts) * size
         num_queries_U = (query_lens_S[sequence_U] - offset_U).clamp(max=size)
         first_position_U = first_positions_S[sequence_U] + offset_U
         num_blocks_U = (first_position_U + num_queries_U + block_size - 1) // block_size
-        first_row_U = first_rows_S[sequence_U] + offset_U
-        tiles = _Tiles(sequence_U, first_row_U, first_position_U, num_blocks_U, num_queries_U, size)
+        first_row_U = cu_seqlens[sequence_U] + offset_U
+        tiles = _Tiles(size, sequence_U, first_row_U, first_position_U, num_queries_U, num_blocks_U)
         yield tiles[num_blocks_U.argsort(descending=True)]
-
-
-def _by_tile_size(
-    query_lens_S: torch.Tensor, sequences_S: torch.Tensor, max_query_len: int
-) -> Iterator[tuple[int, torch.Tensor]]:
-    if max_query_len == 1:
-        yield 1, sequences_S[query_lens_S > 0]
-        return
-    yield 1, sequences_S[query_lens_S == 1]
-    yield _PREFILL_TILE_TOKENS, sequences_S[query_lens_S > 1]
 
 
 def _bounded(tiles: _Tiles) -> Iterator[_Tiles]:
@@ -112,102 +216,34 @@ def _bounded(tiles: _Tiles) -> Iterator[_Tiles]:
         yield tiles[start:]
 
 
-def _attend(
-    out_THC: torch.Tensor,
-    query_THC: torch.Tensor,
-    key_cache_BPGC: torch.Tensor,
-    value_cache_BPGC: torch.Tensor,
-    block_tables_SM: torch.Tensor,
-    tiles: _Tiles,
-    scale: float,
-) -> None:
-    num_kv_heads = key_cache_BPGC.shape[2]
-    token_UQ, is_real_UQ = _tile_tokens(tiles, query_THC.shape[0])
-    query_UGRC = _tile_queries(query_THC[token_UQ].float() * scale, num_kv_heads)
-    active, tile_I, block_I = _items(tiles.num_blocks_U)
-    physical_I = block_tables_SM[tiles.sequence_U[tile_I], block_I].long()
-    scores_IGRP = _products(query_UGRC[tile_I], _gather(key_cache_BPGC, physical_I).transpose(-1, -2))
-    _mask_future(scores_IGRP, tiles, tile_I, block_I)
-    weights_IGRP = _exp_below_tile_maximum(scores_IGRP, tile_I, active)
-    sums_UGRC = _fold(torch.add, _products(weights_IGRP, _gather(value_cache_BPGC, physical_I)), active)
-    totals_UGR = _fold(torch.add, weights_IGRP.sum(-1), active)
-    result_UQHC = _untile(sums_UGRC / totals_UGR.unsqueeze(-1), tiles.size, query_THC.shape[1])
-    out_THC[token_UQ[is_real_UQ]] = result_UQHC[is_real_UQ].to(out_THC.dtype)
+@dataclass(frozen=True, slots=True)
+class _Planner:
+    block_tables_SM: torch.Tensor
+    block_size: int
+    num_heads_per_kv_head: int
 
+    def part(self, tiles: _Tiles) -> _Part:
+        """The tokens and the items of some tiles."""
+        offset_Q = torch.arange(tiles.size)
+        last_row_U1 = (tiles.first_row_U + tiles.num_queries_U - 1).unsqueeze(1)
+        block_J = torch.arange(int(tiles.num_blocks_U[0]))
+        active_J = (tiles.num_blocks_U > block_J.unsqueeze(1)).sum(1)
+        index_I = block_J.repeat_interleave(active_J)
+        tile_I = torch.arange(len(index_I)) - (active_J.cumsum(0) - active_J)[index_I]
+        return _Part(
+            tiles.size,
+            torch.minimum(tiles.first_row_U.unsqueeze(1) + offset_Q, last_row_U1),
+            offset_Q < tiles.num_queries_U.unsqueeze(1),
+            tuple(active_J.tolist()),
+            tile_I,
+            self.block_tables_SM[tiles.sequence_U[tile_I], index_I],
+            self._is_future(tiles, tile_I, index_I),
+        )
 
-def _tile_tokens(tiles: _Tiles, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each tile's rows in T (clamped past its end) and which of them are its own."""
-    offset_Q = torch.arange(tiles.size)
-    token_UQ = (tiles.first_row_U.unsqueeze(1) + offset_Q).clamp(max=num_tokens - 1)
-    return token_UQ, offset_Q < tiles.num_queries_U.unsqueeze(1)
-
-
-def _tile_queries(query_UQHC: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
-    """[U, Q, H, C] -> [U, G, R, C], R = query heads of a KV head × Q, padded to a multiple of four."""
-    num_tiles, _, _, head_dim = query_UQHC.shape
-    query_UGRC: torch.Tensor = (
-        query_UQHC.unflatten(2, (num_kv_heads, -1))
-        .permute(0, 2, 3, 1, 4)
-        .reshape(num_tiles, num_kv_heads, -1, head_dim)
-    )
-    return F.pad(query_UGRC, (0, 0, 0, -query_UGRC.shape[2] % _ROW_MULTIPLE))
-
-
-def _untile(result_UGRC: torch.Tensor, tile_size: int, num_heads: int) -> torch.Tensor:
-    """The inverse of `_tile_queries`: [U, Q, H, C]."""
-    group = num_heads // result_UGRC.shape[1]
-    result_UGHQC: torch.Tensor = result_UGRC[:, :, : group * tile_size].unflatten(2, (group, tile_size))
-    return result_UGHQC.permute(0, 3, 1, 2, 4).flatten(2, 3)
-
-
-def _items(num_blocks_U: torch.Tensor) -> tuple[list[int], torch.Tensor, torch.Tensor]:
-    """How many tiles reach each block index, and every item's tile and block index, ordered by block index.
-
-    Tiles come with the most blocks first: those that reach block j are tiles 0 .. active[j] - 1.
-    """
-    block_J = torch.arange(int(num_blocks_U[0]))
-    active_J = (num_blocks_U > block_J.unsqueeze(1)).sum(1)
-    block_I = block_J.repeat_interleave(active_J)
-    starts_J = active_J.cumsum(0) - active_J
-    tile_I = torch.arange(len(block_I)) - starts_J[block_I]
-    return active_J.tolist(), tile_I, block_I
-
-
-def _gather(cache_BPGC: torch.Tensor, block_I: torch.Tensor) -> torch.Tensor:
-    """The blocks of the items, head by head: [I, G, P, C] float32."""
-    return cache_BPGC[block_I].transpose(1, 2).contiguous().float()
-
-
-def _products(a_IGRX: torch.Tensor, b_IGXY: torch.Tensor) -> torch.Tensor:
-    products = torch.bmm(a_IGRX.flatten(0, 1), b_IGXY.flatten(0, 1))
-    return products.view(*a_IGRX.shape[:3], -1)
-
-
-def _mask_future(
-    scores_IGRP: torch.Tensor, tiles: _Tiles, tile_I: torch.Tensor, block_I: torch.Tensor
-) -> None:
-    """Minus infinity where a key's position lies after the query's."""
-    _, _, num_rows, block_size = scores_IGRP.shape
-    first_key_I = block_I * block_size
-    row_offset_R = torch.arange(num_rows) % tiles.size
-    query_position_IR = tiles.first_position_U[tile_I].unsqueeze(1) + row_offset_R
-    distance_IR = query_position_IR - first_key_I.unsqueeze(1)
-    is_future_IRP = torch.arange(block_size) > distance_IR.unsqueeze(-1)
-    scores_IGRP.masked_fill_(is_future_IRP.unsqueeze(1), -torch.inf)
-
-
-def _exp_below_tile_maximum(
-    scores_IGRP: torch.Tensor, tile_I: torch.Tensor, active: list[int]
-) -> torch.Tensor:
-    maximum_UGR = _fold(torch.maximum, scores_IGRP.amax(-1), active)
-    return scores_IGRP.sub_(maximum_UGR[tile_I].unsqueeze(-1)).exp_()
-
-
-def _fold(combine: Callable[..., torch.Tensor], parts_I: torch.Tensor, active: list[int]) -> torch.Tensor:
-    """Combine the items of each tile in the order of their blocks."""
-    first, *rest = torch.split(parts_I, active)
-    total_U: torch.Tensor = first.clone()
-    for part in rest:
-        beginning = total_U[: len(part)]
-        combine(beginning, part, out=beginning)
-    return total_U
+    def _is_future(self, tiles: _Tiles, tile_I: torch.Tensor, index_I: torch.Tensor) -> torch.Tensor:
+        """Where a key's position lies after the query's: [I, 1, R, P]."""
+        num_rows = self.num_heads_per_kv_head * tiles.size
+        num_rows += -num_rows % _ROW_MULTIPLE
+        row_offset_R1 = (torch.arange(num_rows) % tiles.size).unsqueeze(1)
+        distance_I = tiles.first_position_U[tile_I] - index_I * self.block_size
+        return torch.arange(self.block_size) > distance_I.view(-1, 1, 1, 1) + row_offset_R1

@@ -46,6 +46,7 @@ class Attention:
             batch.context_lens_S,
             batch.max_query_len,
             self.head_dim**-0.5,
+            batch.attention_plan,
         )
         return self.o_proj(attended_THC.flatten(1))
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from cuda_kernels.paged_attention import AttentionPlan
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
@@ -24,6 +26,7 @@ class Batch:
     context_lens_S: torch.Tensor  # int32
     max_query_len: int
     sample_rows_S: torch.Tensor  # int64, row in T of each sequence's last new token
+    attention_plan: AttentionPlan | None = None  # the decoder's, made once for all layers
 
     @property
     def num_tokens(self) -> int:

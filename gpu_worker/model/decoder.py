@@ -6,11 +6,12 @@ Shapes: T tokens in the step, S sampled rows, D hidden, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
+from cuda_kernels.paged_attention import plan_attention
 from gpu_worker.config import ModelConfig
 from gpu_worker.layers.attention import Attention
 from gpu_worker.layers.batch import Batch
@@ -65,12 +66,25 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, batch: Batch, kv_cache: KVCache) -> torch.Tensor:
         """The final hidden state of every token of the step, [T, D]; stores its keys and values."""
+        batch = self._with_attention_plan(batch, kv_cache.block_size)
         hidden_TD = F.embedding(batch.input_ids_T, self.embedding_VD)
         residual_TD: torch.Tensor | None = None
         for layer, kv in zip(self.layers, kv_cache.layers, strict=True):
             hidden_TD, residual_TD = layer(hidden_TD, residual_TD, batch, kv)
         normed_TD, _ = self.final_norm(hidden_TD, residual_TD)
         return normed_TD
+
+    def _with_attention_plan(self, batch: Batch, block_size: int) -> Batch:
+        config = self.config
+        plan = plan_attention(
+            batch.block_tables_SM,
+            batch.cu_seqlens_q,
+            batch.context_lens_S,
+            batch.max_query_len,
+            block_size,
+            config.num_attention_heads // config.num_key_value_heads,
+        )
+        return replace(batch, attention_plan=plan)
 
     @torch.inference_mode()
     def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
