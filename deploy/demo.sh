@@ -12,13 +12,18 @@ is_running() { [[ -s $pid_file ]] && kill -0 "$(<"$pid_file")" 2>/dev/null; }
 
 launch() {
     setsid "$bin/wint2" serve --model "$model" --port "$port" </dev/null >"$log" 2>&1 &
-    echo $! >"$pid_file"
-    echo "starting the stack (log: $log)"
-    "$bin/wint2" probe "$url/health" --wait 300 --while-pid "$(<"$pid_file")" || {
-        echo "error: the stack did not start; the end of $log:" >&2
-        tail -n 15 "$log" >&2
+    local server=$!
+    echo "$server" >"$pid_file"
+    tail -n +1 -f --pid="$server" "$log" &
+    local follower=$!
+    "$bin/wint2" probe "$url/health" --wait 900 --while-pid "$server" 2>/dev/null || {
+        wait "$follower"
+        rm -f "$pid_file"
+        echo "error: the stack did not start; its log is $log" >&2
         exit 1
     }
+    sleep 0.5 # the last lines of the start
+    kill "$follower"
 }
 
 start() {

@@ -22,6 +22,13 @@ def test_chat_answers_a_prompt_and_ends(stack, client):
     assert result.returncode == 0
 
 
+def test_an_engine_in_this_process_answers_like_the_server(stack, tiny_model):
+    options = ("--temperature", "0", "--max-tokens", "8")
+    for command in ("chat", "complete"):
+        served = run(command, "--url", stack.url, *options, "Hello")
+        assert run(command, "--model", str(tiny_model), *options, "Hello").stdout == served.stdout
+
+
 def test_a_conversation_remembers_until_it_is_cleared(stack, client):
     options = ("--url", stack.url, "--temperature", "0", "--max-tokens", "8")
     result = run("chat", *options, text="Hello\nHello\n/clear\nHello\n/exit\n")

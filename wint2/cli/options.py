@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, Protocol
 
 import typer
 
@@ -21,8 +24,25 @@ Seed = Annotated[int | None, typer.Option(help="same seed, same answer")]
 DEFAULT_URL = "http://127.0.0.1:8180"
 
 
-def connect(url: str, api_key: str, model: str) -> HttpClient:
-    """The client for these options."""
+class Client(Protocol):
+    """Whoever answers: a server, or an engine in this process."""
+
+    @property
+    def model(self) -> str:
+        """The model's name."""
+
+    def chat(self, payload: dict[str, Any]) -> Iterator[str]:
+        """The pieces of the answer to a conversation."""
+
+    def complete(self, payload: dict[str, Any]) -> Iterator[str]:
+        """The pieces of a completion."""
+
+
+def connect(url: str, api_key: str, model: str) -> Client:
+    """The client for these options; torch is loaded only for an engine in this process."""
+    if model and Path(model).is_dir():
+        client: Client = import_module("wint2.local_client").LocalClient(Path(model))
+        return client
     return HttpClient(url, api_key, model)
 
 
