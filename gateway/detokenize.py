@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import grpc
 
-from protos.rpc.errors import ServiceError, UnavailableError, from_rpc_error
+from protos.rpc.errors import InvalidArgumentError, ServiceError, UnavailableError, from_rpc_error
 from protos.wint2.tokenizer.v1 import tokenizer_pb2 as pb
 from protos.wint2.tokenizer.v1 import tokenizer_pb2_grpc
 
@@ -120,6 +120,8 @@ class DetokenizeSession:
         self._options, self._is_open = None, True
         piece = await self._stream.send(chunk)
         self._is_open = not piece.finished
+        if piece.HasField("error_message"):
+            raise InvalidArgumentError(piece.error_message)
         return piece
 
     def close(self) -> None:

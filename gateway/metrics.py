@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from gateway.requests import Event, Finished, TextPiece
+from gateway.requests import Event, Started, TextPiece
 from protos.wint2.common.v1.common_pb2 import FinishReason
 
 PREFIX = "wint2_gateway"
@@ -126,18 +126,24 @@ class ChoiceObserver:
         self._first: float | None = None
         self._last = self._started
         self._num_tokens = 0
+        self._has_started = False
         self._outcome = "aborted"
 
     @property
     def has_tokens(self) -> bool:
         return self._first is not None
 
-    def on_event(self, event: Event) -> None:
+    def on_event(self, event: Event) -> bool:
+        """Whether the event is news: a choice starts once, however many workers it takes."""
+        if isinstance(event, Started):
+            is_news, self._has_started = not self._has_started, True
+            return is_news
         if isinstance(event, TextPiece):
             self._on_tokens(max(len(event.token_ids), 1))
-        elif isinstance(event, Finished):
+        else:
             self._outcome = FinishReason.Name(event.reason).removeprefix("FINISH_REASON_").lower()
             self._metrics.prompt_tokens.inc(event.usage.prompt_tokens)
+        return True
 
     def close(self) -> None:
         metrics = self._metrics

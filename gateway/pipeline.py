@@ -24,8 +24,8 @@ from protos.wint2.worker.v1.worker_pb2 import GenerateRequest
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
-# Only a worker's failure is worth another worker; these are the answers of scheduler and tokenizer.
-FINAL_REASONS = frozenset({"NO_WORKER", "QUEUE_TIMEOUT", "TOKENIZER_LOST"})
+# The end of a prompt on which the beginning of a completion's text depends: a character is four bytes at most.
+JOINT_TOKENS = 8
 # Prompts that agree in so many tokens (two KV blocks) like the same worker.
 AFFINITY_TOKENS = 128
 SEED_STRIDE = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: neighbouring choices get far-apart seeds
@@ -82,21 +82,19 @@ class Pipeline:
         generate = generate_request(index, request, prompt)
         with self._metrics.observe_choice() as observer:
             while True:
-                try:
-                    async with (
-                        self.scheduler.place(schedule, remaining(request.deadline)) as placement,
-                        aclosing(self._attempt(index, request, generate, placement)) as events,
-                    ):
+                async with self.scheduler.place(schedule, remaining(request.deadline)) as placement:
+                    try:
+                        async with aclosing(self._attempt(index, request, generate, placement)) as events:
+                            async for event in events:
+                                if observer.on_event(event):
+                                    yield event
+                        return
+                    except UnavailableError as error:
                         schedule.excluded_worker_ids.append(placement.placed.worker_id)
-                        async for event in events:
-                            observer.on_event(event)
-                            yield event
-                    return
-                except UnavailableError as error:
-                    is_final = error.reason in FINAL_REASONS
-                    if observer.has_tokens or is_final or len(schedule.excluded_worker_ids) >= MAX_ATTEMPTS:
-                        raise
-                    logger.warning("%s; trying another worker", error)
+                        is_last = len(schedule.excluded_worker_ids) == MAX_ATTEMPTS
+                        if is_last or observer.has_tokens or error.reason == "TOKENIZER_LOST":
+                            raise
+                        logger.warning("%s; trying another worker", error)
 
     async def _attempt(
         self, index: int, request: TextRequest, generate: GenerateRequest, placement: Placement
@@ -105,6 +103,7 @@ class Pipeline:
             skip_special_tokens=request.skip_special_tokens,
             stop=request.stop,
             include_stop=request.include_stop,
+            prefix_token_ids=generate.prompt.ids[-JOINT_TOKENS:],
         )
         responses = self._workers.generate(
             placement.placed.address, generate, timeout=remaining(request.deadline), lost=placement.lost

@@ -55,7 +55,7 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         if not request.messages:
             raise InvalidArgumentError("at least one message is required", field="messages")
         template = ApplyChatTemplateRequest(
-            messages=[as_struct(message) for message in request.messages],
+            messages=[as_struct(*numbered) for numbered in enumerate(request.messages)],
             template_kwargs=request.chat_template_kwargs,
         )
         async with aclosing(self._run("chatcmpl", request, template, context)) as events:
@@ -109,10 +109,11 @@ def as_fields(event: Event) -> dict[str, Any]:
     return {"finish": finish}
 
 
-def as_struct(message: pb.ChatMessage) -> Struct:
+def as_struct(index: int, message: pb.ChatMessage) -> Struct:
     if message.role not in ("system", "user", "assistant"):
         raise InvalidArgumentError(
-            f'is "{message.role:.50}"; it must be "system", "user" or "assistant"', field="messages.role"
+            f'is "{message.role:.50}"; it must be "system", "user" or "assistant"',
+            field=f"messages.{index}.role",
         )
     result = Struct()
     result.update({"role": message.role, "content": message.content})

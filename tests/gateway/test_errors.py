@@ -16,6 +16,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HI = [{"role": "user", "content": "hi"}]
+NESTED = json.loads("[" * 40 + "]" * 40)
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         ({"messages": [{"role": "user"}]}, "missing_required_parameter", "messages.0.content"),
         ({"messages": [{"role": "robot", "content": ""}]}, "invalid_value", "messages.0.role"),
         ({"messages": [{"role": "user", "content": 5}]}, "invalid_value", "messages.0.content"),
-        ({"messages": [{"role": "user", "content": "x", "tool_calls": [{}]}]}, "unsupported_parameter", "messages.0.tool_calls"),
+        ({"messages": [HI[0] | {"tool_calls": [{}]}]}, "unsupported_parameter", "messages.0.tool_calls"),
         ({"temperature": "warm"}, "invalid_value", "temperature"),
         ({"temperature": 2.5}, "invalid_value", "temperature"),
         ({"temperature": True}, "invalid_value", "temperature"),
@@ -63,7 +64,7 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
         ({"best_of": 2}, "unsupported_parameter", "best_of"),
         ({"chat_template": "x"}, "unsupported_parameter", "chat_template"),
-        ({"chat_template_kwargs": {"a": json.loads("[" * 40 + "]" * 40)}}, "invalid_value", "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"a": NESTED}}, "invalid_value", "chat_template_kwargs"),
         ({"chat_template_kwargs": {"a": 10**400}}, "invalid_value", "chat_template_kwargs"),
     ],
     ids=lambda value: str(value)[:40],

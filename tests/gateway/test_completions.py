@@ -1,0 +1,79 @@
+"""POST /v1/completions: every kind of prompt, echo, logprobs, the older shapes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.fakes import FakeWorker
+from tests.gateway.harness import MODEL, Stack
+
+IDS = [byte + 3 for byte in b"hi"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "texts"),
+    [("hi", ["hi"]), (["a", "b"], ["a", "b"]), (IDS, ["hi"]), ([IDS, IDS], ["hi", "hi"])],
+)
+async def test_kinds_of_prompt(stack: Stack, prompt: object, texts: list[str]) -> None:
+    answer = await stack.openai.completions.create(model=MODEL, prompt=prompt)
+    assert [choice.text for choice in answer.choices] == texts
+    assert [choice.index for choice in answer.choices] == list(range(len(texts)))
+    assert answer.object == "text_completion"
+
+
+async def test_sixteen_tokens_by_default(stack: Stack, worker: FakeWorker) -> None:
+    answer = await stack.openai.completions.create(model=MODEL, prompt="x" * 40)
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage.completion_tokens == 16
+
+
+async def test_prompts_times_choices(stack: Stack) -> None:
+    answer = await stack.openai.completions.create(model=MODEL, prompt=["a", "b"], n=2)
+    assert [choice.text for choice in answer.choices] == ["a", "a", "b", "b"]
+    assert answer.usage.prompt_tokens == 2
+
+
+@pytest.mark.parametrize("prompt", ["hi", IDS])
+@pytest.mark.parametrize("is_stream", [True, False])
+async def test_echo(stack: Stack, prompt: object, is_stream: bool) -> None:
+    answer = await stack.openai.completions.create(model=MODEL, prompt=prompt, echo=True, stream=is_stream)
+    if is_stream:
+        assert "".join([chunk.choices[0].text async for chunk in answer]) == "hihi"
+    else:
+        assert answer.choices[0].text == "hihi"
+
+
+async def test_streamed(stack: Stack) -> None:
+    chunks = [c async for c in await stack.openai.completions.create(model=MODEL, prompt="hi", stream=True)]
+    assert "".join(chunk.choices[0].text for chunk in chunks) == "hi"
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+async def test_logprobs_are_parallel_lists(stack: Stack, is_stream: bool) -> None:
+    answer = await stack.openai.completions.create(model=MODEL, prompt="abc", logprobs=1, stream=is_stream)
+    parts = [chunk async for chunk in answer] if is_stream else [answer]
+    found = [part.choices[0].logprobs for part in parts if part.choices[0].logprobs]
+    assert [token for part in found for token in part.tokens] == ["a", "b", "c"]
+    assert [value for part in found for value in part.token_logprobs] == [-0.5] * 3
+    assert [offset for part in found for offset in part.text_offset] == [0, 1, 2]
+    assert [entry for part in found for entry in part.top_logprobs] == [{"a": -0.5}, {"b": -0.5}, {"c": -0.5}]
+
+
+async def test_token_ids_of_prompt_and_completion(stack: Stack) -> None:
+    [choice] = (await stack.complete("hi", return_token_ids=True)).json()["choices"]
+    assert (choice["prompt_token_ids"], choice["token_ids"]) == (IDS, IDS)
+
+
+async def test_streamed_token_ids(stack: Stack) -> None:
+    text = (await stack.complete("hi", return_token_ids=True, stream=True)).text
+    chunks = [json.loads(line.removeprefix("data: ")) for line in text.split("\n\n")[:-2]]
+    assert chunks[0]["choices"][0]["prompt_token_ids"] == IDS
+    assert [i for chunk in chunks for i in chunk["choices"][0].get("token_ids", [])] == IDS
+
+
+async def test_stop_token_of_the_request(stack: Stack, worker: FakeWorker) -> None:
+    [choice] = (await stack.complete("hi", stop_token_ids=[2])).json()["choices"]
+    assert (choice["finish_reason"], choice["stop_reason"], choice["text"]) == ("stop", 2, "hi")
