@@ -12,6 +12,7 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Command, setup
 from setuptools.command.build import build
@@ -67,7 +68,7 @@ def compile_protos() -> None:
 
 class BuildProtos(Command):
     description = "compile protos/**/*.proto"
-    user_options: list[tuple[str, str, str]] = []
+    user_options: ClassVar[list[tuple[str, str, str | None]]] = []
     editable_mode = False
 
     def initialize_options(self) -> None:
