@@ -90,13 +90,12 @@ def _moe_ffn_by_expert(
 ) -> torch.Tensor:
     num_tokens, num_activated = expert_ids_TA.shape
     results_RD = hidden_TD.new_empty(num_tokens * num_activated, hidden_TD.shape[1])
-    rows_by_expert_R = torch.argsort(expert_ids_TA.flatten(), stable=True)
-    counts = torch.bincount(expert_ids_TA.flatten(), minlength=experts.num_experts).tolist()
-    for rows, up_gate, down in zip(
-        rows_by_expert_R.split(counts), experts.up_gate, experts.down, strict=True
-    ):
+    expert_R = expert_ids_TA.flatten()
+    counts = torch.bincount(expert_R, minlength=experts.num_experts).tolist()
+    rows_by_expert = torch.argsort(expert_R, stable=True).split(counts)
+    for rows, up_gate, down in zip(rows_by_expert, experts.up_gate, experts.down, strict=True):
         if rows.numel():
             inner = silu_and_mul(linear(hidden_TD[rows // num_activated], up_gate))
             results_RD[rows] = linear(inner, down)
-    results_TAD = results_RD.view(num_tokens, num_activated, -1).float()
+    results_TAD = results_RD.view(num_tokens, num_activated, hidden_TD.shape[1]).float()
     return (results_TAD * expert_weights_TA.unsqueeze(-1)).sum(1).to(hidden_TD.dtype)

@@ -30,11 +30,12 @@ def rope(
 
     The inputs must not be used afterwards: an implementation may rotate in place.
     """
-    cos_T1C, sin_T1C = cos_sin_PC[positions_T].unsqueeze(1).chunk(2, dim=-1)
-    rotation_T1C = torch.complex(cos_T1C, sin_T1C)
-    return _rotate(query_THC, rotation_T1C), _rotate(key_TGC, rotation_T1C)
+    cos, sin = cos_sin_PC[positions_T].unsqueeze(1).chunk(2, dim=-1)
+    # Products and sums apart, where a complex product would fuse them for some layouts only and change bits.
+    cos_of_pair, sin_of_pair = torch.stack((cos, cos), dim=-1), torch.stack((-sin, sin), dim=-1)
+    return _rotate(query_THC, cos_of_pair, sin_of_pair), _rotate(key_TGC, cos_of_pair, sin_of_pair)
 
 
-def _rotate(x_THC: torch.Tensor, rotation_T1C: torch.Tensor) -> torch.Tensor:
-    pairs = torch.view_as_complex(x_THC.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation_T1C).flatten(-2).to(x_THC.dtype)
+def _rotate(x_THC: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    pairs: torch.Tensor = x_THC.float().unflatten(-1, (-1, 2))
+    return (pairs * cos + pairs.flip(-1) * sin).flatten(-2).to(x_THC.dtype)
