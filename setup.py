@@ -12,7 +12,7 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from setuptools import Command, setup
 from setuptools.command.build import build
@@ -85,7 +85,7 @@ class BuildProtos(Command):
 
 
 class Build(build):
-    sub_commands = [("build_protos", None), *build.sub_commands]
+    sub_commands: ClassVar[list[tuple[str, Any]]] = [("build_protos", None), *build.sub_commands]
 
 
 setup(cmdclass={"build": Build, "build_protos": BuildProtos})
