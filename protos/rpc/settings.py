@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
+import inspect
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, ValidationError
-from pydantic_settings import BaseSettings, CliApp, NoDecode, SettingsConfigDict, SettingsError
+from pydantic_settings import (
+    BaseSettings,
+    CliApp,
+    CliSettingsSource,
+    NoDecode,
+    SettingsConfigDict,
+    SettingsError,
+)
 
 from protos.rpc.process import fail
 from protos.rpc.security import Security, read_security
@@ -34,6 +43,16 @@ def service_config(module: str, env_prefix: str) -> SettingsConfigDict:
         cli_hide_none_type=True,
         cli_avoid_json=True,
     )
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Says nothing of a default that is None: the description tells what happens then."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return super()._fill_text(inspect.cleandoc(text), width, indent)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return (action.help or "").removesuffix(" (default: None)")
 
 
 class ServiceSettings(BaseSettings):
@@ -66,7 +85,8 @@ class ServiceSettings(BaseSettings):
     def from_command_line(cls, arguments: list[str] | None = None) -> Self:
         """Reads flags, then the environment, then defaults. Wrong values end the process with exit code 2."""
         try:
-            return CliApp.run(cls, cli_args=arguments)
+            source = CliSettingsSource[Any](cls, formatter_class=HelpFormatter)
+            return CliApp.run(cls, cli_args=arguments, cli_settings_source=source)
         except ValidationError as error:
             fail("; ".join(cls._explain(item["loc"], item["msg"]) for item in error.errors()))
         except SettingsError as error:

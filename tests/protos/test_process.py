@@ -16,6 +16,7 @@ import pytest
 from protos.rpc.channel import open_channel, wait_serving
 from protos.wint2.common.v1.common_pb2 import TokenIds
 from protos.wint2.worker.v1 import worker_pb2, worker_pb2_grpc
+from tests.protos.echo_service import EchoSettings
 
 COMMAND = [sys.executable, "-m", "tests.protos.echo_service"]
 ROOT = Path(__file__).parents[2]
@@ -67,6 +68,15 @@ def test_help_tells_every_flag_and_default():
         "--no-fatal",
     ):
         assert word in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "env"), [(["--peer", "a", "--peer", "b"], {}), ([], {"WINT2_ECHO_PEER": "a, b"})]
+)
+def test_a_list_is_a_repeated_flag_or_a_comma_separated_variable(flags, env, monkeypatch):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    assert EchoSettings.from_command_line(["--listen", "x:0", *flags]).peer == ("a", "b")
 
 
 @pytest.mark.parametrize(
