@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from gpu_worker.config import CacheConfig, EngineConfig, ModelConfig, QuantizationConfig, SchedulerConfig
+from gpu_worker.engine.cuda_graphs import CudaCapture, DecodeGraphs
 from gpu_worker.engine.devices import DeviceChoice, choose_device, choose_dtype
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.errors import EngineArgsError
@@ -93,9 +94,8 @@ def build_engine(args: EngineArgs, progress: Progress | None = None) -> BuiltEng
         cache.dtype,
         choice.device,
     )
-    return BuiltEngine(
-        Engine(config, model, kv_cache), model, tuple(_describe(args, config, choice, model, kv_cache))
-    )
+    engine = Engine(config, model, kv_cache, _capture_graphs(config, model, kv_cache))
+    return BuiltEngine(engine, model, tuple(_describe(args, config, choice, model, kv_cache)))
 
 
 def _plan(
@@ -128,6 +128,16 @@ def _plan(
         cache=replace(config.cache, num_blocks=plan.num_blocks),
         scheduler=replace(config.scheduler, max_model_len=plan.max_model_len, max_num_batched_tokens=budget),
     )
+
+
+def _capture_graphs(config: EngineConfig, model: Decoder, kv_cache: KVCache) -> DecodeGraphs | None:
+    if not config.use_cudagraph:
+        return None
+    limits = config.scheduler
+    max_blocks = -(-limits.max_model_len // config.cache.block_size)
+    graphs = DecodeGraphs(model, kv_cache, limits.max_num_seqs, max_blocks, config.device)
+    graphs.capture(CudaCapture())
+    return graphs
 
 
 def _cache_bytes(args: EngineArgs, config: EngineConfig, block_bytes: int, model: Decoder) -> int:

@@ -18,7 +18,7 @@ from gpu_worker.engine.admission import check_request, longest_total
 from gpu_worker.engine.batch_builder import BatchBuilder
 from gpu_worker.engine.block_manager import BlockManager
 from gpu_worker.engine.errors import RequestError
-from gpu_worker.engine.runner import Model, ModelRunner
+from gpu_worker.engine.runner import Graphs, Model, ModelRunner
 from gpu_worker.engine.sampler import Sampler, Samples
 from gpu_worker.engine.scheduler import ScheduledStep, Scheduler
 from gpu_worker.engine.sequence import FinishReason, Request, Sequence, StepOutput, Timings
@@ -51,6 +51,7 @@ class Engine:
         config: EngineConfig,
         model: Model,
         kv_cache: KVCache,
+        graphs: Graphs | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         limits, cache = config.scheduler, config.cache
@@ -61,7 +62,7 @@ class Engine:
         share = cache.enable_prefix_caching
         self._scheduler = Scheduler(limits, self._blocks, self._table, share_prefixes=share)
         self._batches = BatchBuilder(self._table, config.device)
-        self._runner = ModelRunner(model, kv_cache)
+        self._runner = ModelRunner(model, kv_cache, graphs)
         self._sampler = Sampler(self._table, limits.max_num_seqs, config.model.vocab_size, config.device)
         self._random = np.random.default_rng(config.seed)
         self._live: dict[str, list[Sequence]] = {}

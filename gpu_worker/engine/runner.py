@@ -22,15 +22,28 @@ class Model(Protocol):
         ...
 
 
-class ModelRunner:
-    """The model and its KV cache."""
+class Graphs(Protocol):
+    """Batches that can be run in a quicker way."""
 
-    def __init__(self, model: Model, kv_cache: KVCache) -> None:
+    def can_run(self, batch: Batch) -> bool: ...
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        """float32 logits [S, V] of every sequence's last new token."""
+        ...
+
+
+class ModelRunner:
+    """The model, its KV cache, and CUDA graphs of its decode steps if there are any."""
+
+    def __init__(self, model: Model, kv_cache: KVCache, graphs: Graphs | None = None) -> None:
         self._model = model
         self._kv_cache = kv_cache
+        self._graphs = graphs
 
     def run(self, batch: Batch, sampled: torch.Tensor | None) -> torch.Tensor:
         """float32 logits [S, V] of the sequences' last new tokens, or of those at the `sampled` positions."""
+        if self._graphs is not None and sampled is None and self._graphs.can_run(batch):
+            return self._graphs.run(batch)
         hidden_TD = self._model.forward(batch, self._kv_cache)
         rows = batch.sample_rows_S if sampled is None else batch.sample_rows_S[sampled]
         return self._model.logits(hidden_TD[rows])
