@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 
 import grpc
@@ -89,13 +90,17 @@ def test_a_cancelled_stream_frees_its_blocks(worker_channel):
     prompt = common_pb2.TokenIds(ids=[5, 6, 7])
     stream = worker.Generate(worker_pb2.GenerateRequest(prompt=prompt, sampling_params=params), timeout=60)
     next(stream), next(stream)
-    assert worker.GetLoad(worker_pb2.GetLoadRequest()).num_used_blocks > 0
+    await_load(worker, lambda load: load.num_running == 1 and load.num_used_blocks > 0)
     stream.cancel()
-    for _ in range(100):
-        load = worker.GetLoad(worker_pb2.GetLoadRequest())
-        if (load.num_running, load.num_used_blocks) == (0, 0):
-            return
-    pytest.fail(f"still in use: {load}")
+    await_load(worker, lambda load: load.num_running == 0 and load.num_used_blocks == 0)
+
+
+def await_load(worker, wanted, timeout_seconds=2.0):
+    """The worker tells of a state at most a twentieth of a second old."""
+    end = time.monotonic() + timeout_seconds
+    while not wanted(load := worker.GetLoad(worker_pb2.GetLoadRequest())):
+        assert time.monotonic() < end, load
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("service", ["", *SERVICES])

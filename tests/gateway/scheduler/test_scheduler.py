@@ -31,7 +31,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler = Scheduler(CONFIG)
         self.now = 0.0
         self.count = 0
-        self.submitted: list[Ticket] = []
 
     @rule(
         target=workers,
@@ -72,11 +71,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.count += 1
         request = ScheduleRequest(request_id=str(self.count), excluded_worker_ids=excluded, **fields)
         try:
-            ticket = self.scheduler.submit(request, self.now)
+            return self.scheduler.submit(request, self.now)
         except ServiceError:
             return None
-        self.submitted.append(ticket)
-        return ticket
 
     @rule(ticket=consumes(tickets))
     def withdraw(self, ticket: Ticket | None) -> None:
@@ -90,11 +87,11 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @invariant()
     def promises(self) -> None:
-        self.scheduler.advance(self.now)
+        changed = self.scheduler.advance(self.now)
         self.scheduler.check_integrity()
         self._no_room_is_wasted()
         self._nobody_waits_for_ever()
-        self._places_are_fit()
+        self._places_are_fit(changed)
 
     def _no_room_is_wasted(self) -> None:
         for worker in self.scheduler.workers.values():
@@ -105,12 +102,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         for ticket in self.scheduler.waiting:
             assert self.now - ticket.submitted_at < CONFIG.queue_timeout_seconds
 
-    def _places_are_fit(self) -> None:
-        for ticket in self.submitted:
+    def _places_are_fit(self, changed: list[Ticket]) -> None:
+        for ticket in changed:
             if ticket.state is State.PLACED:
                 assert ticket.worker is not None
-                assert can_run(ticket.worker, ticket) or ticket.worker.worker_id not in self.scheduler.workers
-            if ticket.state is State.FAILED:
+                assert can_run(ticket.worker, ticket)
+                assert self.scheduler.workers[ticket.worker.worker_id] is ticket.worker
+            else:
+                assert ticket.state is State.FAILED
                 assert ticket.error is not None
 
 
