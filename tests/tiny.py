@@ -242,5 +242,32 @@ def _pair(stem: str, quant_weight: torch.Tensor, scale: torch.Tensor) -> dict[st
     return {f"{stem}quant_weight": quant_weight, f"{stem}weight_scale": scale}
 
 
+def dequantized(config: dict, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights, under Hugging Face's names, that the quantized checkpoint stands for; float32."""
+    config = config | {"quantization_config": QUANTIZATION_CONFIG}
+    result = {name: weight.float() for name, weight in weights.items()}
+    for name, weight in _fuse(weights).items():
+        stored = _store(config, name, weight.T if "_proj" in name else weight)
+        if name not in stored:
+            parts = {key.rpartition(".")[2]: tensor for key, tensor in stored.items()}
+            result |= _split(name, _decode(parts, weight.shape[1]).T.float(), weights)
+    return result
+
+
+def _decode(parts: dict[str, torch.Tensor], num_rows: int) -> torch.Tensor:
+    if "code_scale" in parts:
+        return wint2.dequantize(**parts)[:num_rows]
+    levels, scale = parts["quant_weight"], parts["weight_scale"]
+    module = wint8 if levels.shape[0] == scale.shape[0] else wint4
+    return module.dequantize(module.unpack(levels), scale)
+
+
+def _split(name: str, fused: torch.Tensor, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    fusions = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "up_gate_proj": ("gate_proj", "up_proj")}
+    leaf = name.split(".")[-2]
+    names = [name.replace(leaf, part) for part in fusions.get(leaf, (leaf,))]
+    return dict(zip(names, fused.split([weights[part].shape[0] for part in names]), strict=True))
+
+
 def _as_numpy(tensor: torch.Tensor) -> np.ndarray:
     return tensor.view(torch.uint16).numpy() if tensor.dtype == torch.bfloat16 else tensor.numpy()

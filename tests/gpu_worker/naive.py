@@ -1,4 +1,4 @@
-"""The simplest driver of a decoder: one step at a time over a cache in which every sequence has its own blocks."""
+"""The simplest driver of a decoder: a step at a time, over a cache where sequences share no block."""
 
 import itertools
 
