@@ -38,7 +38,7 @@ ERRORS: Documented = {
 }
 
 
-def build_app(api: OpenAiApi, metrics: GatewayMetrics, settings: GatewaySettings) -> ASGIApp:
+def build_app(api: OpenAiApi, metrics: GatewayMetrics, keys: ApiKeys, settings: GatewaySettings) -> ASGIApp:
     """Everything between the socket and the handlers."""
     app = FastAPI(
         title="wint2",
@@ -63,7 +63,6 @@ def build_app(api: OpenAiApi, metrics: GatewayMetrics, settings: GatewaySettings
             allow_headers=["*"],
             expose_headers=["x-request-id", "retry-after"],
         )
-    keys = ApiKeys(settings.api_key, settings.api_key_file)
     return Edge(app, metrics, keys, settings.max_body_bytes)
 
 

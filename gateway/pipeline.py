@@ -24,7 +24,7 @@ from protos.wint2.worker.v1.worker_pb2 import GenerateRequest
 logger = logging.getLogger(__name__)
 
 MAX_ATTEMPTS = 3
-# The end of a prompt on which the beginning of a completion's text depends: a character is four bytes at most.
+# The end of a prompt that the beginning of a completion's text depends on; a character is at most four bytes.
 JOINT_TOKENS = 8
 # Prompts that agree in so many tokens (two KV blocks) like the same worker.
 AFFINITY_TOKENS = 128

@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
+from gateway.api_keys import ApiKeys
 from gateway.app import build_app
 from gateway.clients import LocalScheduler, RemoteScheduler, SchedulerClient, TokenizerClient, WorkerClient
 from gateway.http import OpenAiApi
@@ -22,6 +23,7 @@ from gateway.servicer import DESCRIPTOR as GATEWAY
 from gateway.servicer import gateway_service
 from gateway.settings import GatewaySettings
 from protos.rpc.channel import open_channel
+from protos.rpc.interceptor import Authenticate
 from protos.rpc.server import GrpcServer
 from protos.rpc.telemetry import start_metrics_server
 
@@ -46,7 +48,9 @@ class Gateway:
 async def running(settings: GatewaySettings) -> AsyncIterator[Gateway]:
     """A gateway that serves while this is open. StartupError if a port is taken."""
     async with contextlib.AsyncExitStack() as stack:
-        grpc_server = GrpcServer(settings.listen, [GATEWAY] if settings.scheduler else [GATEWAY, SCHEDULER])
+        keys = ApiKeys(settings.api_key, settings.api_key_file)
+        services = [GATEWAY] if settings.scheduler else [GATEWAY, SCHEDULER]
+        grpc_server = GrpcServer(settings.listen, services, authenticate=guard(keys))
         grpc_address = await grpc_server.start()
         stack.push_async_callback(grpc_server.stop)
         scheduler = await find_scheduler(settings, grpc_server, stack)
@@ -57,13 +61,23 @@ async def running(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         readiness = Readiness(tokenizer, scheduler, workers, grpc_server.set_serving)
         pipeline = Pipeline(tokenizer, scheduler, workers, metrics)
         grpc_server.add(gateway_service(pipeline, readiness, settings))
-        app = build_app(OpenAiApi(pipeline, readiness, metrics, settings), metrics, settings)
+        app = build_app(OpenAiApi(pipeline, readiness, metrics, settings), metrics, keys, settings)
         http_server = HttpServer(app, settings.http_host, settings.http_port)
         await stack.enter_async_context(http_server.running())
         if settings.metrics_port not in (None, http_server.port):
             stack.callback(start_metrics_server(settings.metrics_port or 0, metrics.registry).close)
         await stack.enter_async_context(readiness.watching())
         yield Gateway(http_server.port, grpc_address, readiness, http_server, grpc_server)
+
+
+def guard(keys: ApiKeys) -> Authenticate:
+    """Keys are for the text API; workers that register at the scheduler here have none."""
+
+    def authenticate(method: str, metadata: dict[str, str | bytes]) -> None:
+        if method.startswith(f"/{GATEWAY.full_name}/"):
+            keys.check(str(metadata.get("authorization", "")))
+
+    return authenticate
 
 
 async def find_scheduler(

@@ -86,7 +86,7 @@ def test_refusals_say_why() -> None:
     join(scheduler, "a", model="m1")
     with pytest.raises(NotFoundError, match="m1"):
         ask(scheduler, "x", model="m2")
-    with pytest.raises(ContextLengthError, match="1000 tokens. However, you requested 1009"):
+    with pytest.raises(ContextLengthError, match=r"1000 tokens\. However, you requested 1009"):
         ask(scheduler, "x", tokens=999)
     with pytest.raises(OverloadedError, match="0 of 0"):
         ask(scheduler, "x")
