@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cuda_kernels.formats import search
 from cuda_kernels.formats.layout import GROUP_SIZE
-from cuda_kernels.formats.scales import BLOCKS, Metric, Scales, choose_local
+from cuda_kernels.formats.scales import Metric, Scales, choose_local
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +92,6 @@ class Settler:
         """
         index, blocks = group.start // GROUP_SIZE, slice(group.start // 4, group.stop // 4)
         factors, matrix = couplings.metric.factors[blocks], couplings.matrix[group, group].contiguous()
-        books = Metric(factors).map_book(self.book)
         old = (
             None
             if pull is None
@@ -102,7 +101,7 @@ class Settler:
 
         def cost(candidate: Scales) -> Tensor:
             moved = targets.clone()
-            codes = search.sweep(moved, candidate.values[0], books, factors, matrix, old)
+            codes = search.sweep(moved, candidate.values[0], self.book, factors, matrix, old)
             value = _decode(self.book, codes, candidate.values)
             error = (moved if pull is None else self.rows[group]) - value
             paid = self._paid(error, factors, group, pull)
@@ -142,11 +141,12 @@ def _keep_better(best: list[Tensor], codes: Tensor, error: Tensor, paid: Tensor)
 
 def _decode(book: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """Codes [K/4, N] under scales [K/64, N], f32 [K, N]."""
-    levels = book[codes.long()].movedim(-1, 1)
-    return (levels.unflatten(0, (-1, BLOCKS)) * scale[:, None, None]).flatten(0, 2)
+    columns = codes.shape[1]
+    levels = book[codes.long()].movedim(-1, 1).reshape(-1, GROUP_SIZE, columns)
+    return (levels * scale.unsqueeze(1)).view(-1, columns)
 
 
 def _diagonal(matrix: Tensor) -> Tensor:
     """A view of the 4x4 blocks on the diagonal, [K/4, 4, 4]."""
-    blocks = matrix.unflatten(0, (-1, 4)).unflatten(2, (-1, 4))
+    blocks = matrix.view(matrix.shape[0] // 4, 4, -1, 4)
     return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)

@@ -1,19 +1,16 @@
 """The nearest vector of a small codebook, for millions of vectors: the inner loop of every encoder here."""
 
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 try:
-    from cuda_kernels.formats import search_numba as _numba
-except (
-    ImportError
-):  # numba comes with the `quantize` extra; torch does the same work, some fifty times slower
-    numba_search: ModuleType | None = None
+    from cuda_kernels.formats import search_numba
+except ImportError:  # numba comes with the `quantize` extra; torch does the same, some fifty times slower
+    HAS_NUMBA = False
 else:
-    numba_search = _numba
+    HAS_NUMBA = True
 
 _CHUNK_ELEMENTS = 1 << 22
 
@@ -32,25 +29,25 @@ def nearest(targets: Tensor, codebook: Tensor) -> Nearest:
     codebook per row. Ties go to the lower index.
     """
     books = codebook.unsqueeze(0) if codebook.ndim == 2 else codebook
-    if numba_search is not None and targets.device.type == "cpu" and targets.shape[1] == 4:
-        return Nearest(*numba_search.nearest(targets, books))
+    if HAS_NUMBA and targets.device.type == "cpu" and targets.shape[1] == 4:
+        return Nearest(*search_numba.nearest(targets, books))
     return _nearest_torch(targets, books)
 
 
 def sweep(
-    targets: Tensor, scale: Tensor, books: Tensor, factors: Tensor, coupling: Tensor, reference: Tensor | None
+    targets: Tensor, scale: Tensor, book: Tensor, factors: Tensor, coupling: Tensor, reference: Tensor | None
 ) -> Tensor:
     """Choose the codes of one group one block of four rows after another, each choice moving the later
     targets.
 
     For block J: code_J = argmin |F_J (t_J - s·c)|², then t_I += coupling[I, J] (r_J - s·c) for every later
     I, where r is `reference`, or the target itself when None (error feedback). `targets` f32 [4B, N] is
-    updated in place; `scale` f32 [N], `books` [B, C, 4] already mapped by F, `factors` F [B, 4, 4],
-    `coupling` [4B, 4B]. Returns int32 [B, N].
+    updated in place; `scale` f32 [N], `book` [C, 4], `factors` F [B, 4, 4], `coupling` [4B, 4B].
+    Returns int32 [B, N].
     """
-    if numba_search is not None and targets.device.type == "cpu":
-        return numba_search.sweep(targets, scale, books, factors, coupling, reference)
-    return _sweep_torch(targets, scale, books, factors, coupling, reference)
+    if HAS_NUMBA and targets.device.type == "cpu":
+        return search_numba.sweep(targets, scale, book, factors, coupling, reference)
+    return _sweep_torch(targets, scale, book, factors, coupling, reference)
 
 
 def _nearest_torch(targets: Tensor, books: Tensor) -> Nearest:
@@ -64,17 +61,16 @@ def _nearest_torch(targets: Tensor, books: Tensor) -> Nearest:
 
 
 def _sweep_torch(
-    targets: Tensor, scale: Tensor, books: Tensor, factors: Tensor, coupling: Tensor, reference: Tensor | None
+    targets: Tensor, scale: Tensor, book: Tensor, factors: Tensor, coupling: Tensor, reference: Tensor | None
 ) -> Tensor:
     origin = targets if reference is None else reference
     inverse = torch.where(scale == 0, 0.0, 1 / scale)
     found = []
-    for block in range(books.shape[0]):
+    for block, factor in enumerate(factors):
         rows = slice(4 * block, 4 * block + 4)
-        index = _nearest_torch(
-            (factors[block] @ (targets[rows] * inverse))[None], books[block : block + 1]
-        ).found[0]
-        values = torch.linalg.solve(factors[block], books[block][index.long()].T) * scale
-        targets[4 * block + 4 :] += coupling[4 * block + 4 :, rows] @ (origin[rows] - values)
+        mapped = factor @ (targets[rows] * inverse)
+        index = _nearest_torch(mapped.unsqueeze(0), (book @ factor.T).unsqueeze(0)).found[0]
+        change = origin[rows] - book[index.long()].T * scale
+        targets[rows.stop :] += coupling[rows.stop :, rows] @ change
         found.append(index)
     return torch.stack(found)

@@ -22,18 +22,18 @@ def nearest(targets: Tensor, books: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sweep(
-    targets: Tensor, scale: Tensor, books: Tensor, factors: Tensor, coupling: Tensor, reference: Tensor | None
+    targets: Tensor, scale: Tensor, book: Tensor, factors: Tensor, coupling: Tensor, reference: Tensor | None
 ) -> Tensor:
     """`search.sweep`; a tile of columns stays in the first-level cache for the whole group."""
-    plain = torch.linalg.solve(factors[:1], books[0].T).squeeze(0).T  # the codebook before any map
-    index = np.empty((books.shape[0], targets.shape[1]), np.int32)
+    index = np.empty((factors.shape[0], targets.shape[1]), np.int32)
     origin = targets if reference is None else reference
-    arrays = [t.contiguous().numpy() for t in (scale, plain, books, factors, coupling, origin)]
-    _sweep(targets.numpy(), *arrays, reference is None, index)
+    parts = (scale, book, book @ factors.mT, factors, coupling, origin)
+    scale_, book_, books, factors_, coupling_, origin_ = (part.contiguous().numpy() for part in parts)
+    _sweep(targets.numpy(), scale_, book_, books, factors_, coupling_, origin_, reference is None, index)
     return torch.from_numpy(index)
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(parallel=True, fastmath=True, cache=True)
 def _nearest(targets: Floats, books: Floats, index: Ints, score: Floats) -> None:
     rows, columns = index.shape
     tiles = (columns + _LANES - 1) // _LANES
@@ -47,7 +47,7 @@ def _nearest(targets: Floats, books: Floats, index: Ints, score: Floats) -> None
         score[row, start:stop] = least[: stop - start]
 
 
-@numba.njit(fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(fastmath=True, cache=True)
 def _nearest_tile(tile: Floats, book: Floats) -> tuple[Ints, Floats]:
     least = np.full(_LANES, np.float32(np.inf), np.float32)
     found = np.zeros(_LANES, np.int32)
@@ -63,7 +63,7 @@ def _nearest_tile(tile: Floats, book: Floats) -> tuple[Ints, Floats]:
     return found, least
 
 
-@numba.njit(parallel=True, fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(parallel=True, fastmath=True, cache=True)
 def _sweep(
     targets: Floats,
     scale: Floats,
@@ -94,7 +94,7 @@ def _sweep(
         targets[:, start : start + width] = tile[:, :width]
 
 
-@numba.njit(fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(fastmath=True, cache=True)
 def _map_block(tile: Floats, size: Floats, factor: Floats, row: int) -> Floats:
     mapped = np.zeros((4, _LANES), np.float32)
     for i in range(4):
@@ -107,7 +107,7 @@ def _map_block(tile: Floats, size: Floats, factor: Floats, row: int) -> Floats:
     return mapped
 
 
-@numba.njit(fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(fastmath=True, cache=True)
 def _change(base: Floats, size: Floats, plain: Floats, found: Ints, row: int) -> Floats:
     change = np.empty((4, _LANES), np.float32)
     for i in range(4):
@@ -116,7 +116,7 @@ def _change(base: Floats, size: Floats, plain: Floats, found: Ints, row: int) ->
     return change
 
 
-@numba.njit(fastmath=True, cache=True)  # type: ignore[untyped-decorator]
+@numba.njit(fastmath=True, cache=True)
 def _spread(tile: Floats, coupling: Floats, change: Floats, row: int) -> None:
     for later in range(row + 4, tile.shape[0]):
         for i in range(4):

@@ -42,7 +42,11 @@ def stored_tensors(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
 def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write `tensors` so that `path` either does not exist or is whole, even after a crash."""
     partial = path.with_suffix(".partial")
-    save_file(dict(tensors), partial, metadata={"format": "pt"})
+    save_file(
+        {name: tensor.cpu().contiguous() for name, tensor in tensors.items()},
+        partial,
+        metadata={"format": "pt"},
+    )
     with partial.open("rb") as file:
         os.fsync(file.fileno())
     partial.chmod(_READABLE)

@@ -3,7 +3,7 @@ when whole.
 
 OUT.partial/progress.json            which layers are done, the recipe and calibration they were done with
             model-0000N-of-*.safetensors   one shard a layer, the first holds embedding, norm and head
-            hidden-0000N.safetensors       the calibration windows behind the last finished layer
+            streams-0000N.safetensors      the calibration windows behind the last finished layer
             config.json …                  last, then OUT.partial becomes OUT
 """
 
@@ -23,7 +23,7 @@ from gpu_worker.config import ModelConfig
 from gpu_worker.model.checkpoint_writer import plain_tensor, shard_name, write_index, write_json, write_shard
 from gpu_worker.model.config_reader import read_model_config
 from gpu_worker.quantizer.errors import QuantizeError
-from gpu_worker.quantizer.layer import LayerQuantizer
+from gpu_worker.quantizer.layer import LayerQuantizer, Streams
 from gpu_worker.quantizer.recipe import Recipe
 from gpu_worker.quantizer.source import Source
 
@@ -38,7 +38,7 @@ _TOKENIZER_FILES = (
     "generation_config.json",
     "chat_template.jinja",
 )
-_WORKING_FILES = ("progress.json", "hidden-*.safetensors")
+_WORKING_FILES = ("progress.json", "streams-*.safetensors")
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ def quantize_checkpoint(
     output_dir: Path,
     calibration_ST: Tensor,
     recipe: Recipe,
+    device: torch.device,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Path:
     """Quantize `source_dir` into the new directory `output_dir`; returns it.
@@ -66,7 +67,7 @@ def quantize_checkpoint(
     config = read_model_config(source_dir)
     partial = output_dir.with_name(output_dir.name + ".partial")
     with torch.inference_mode():
-        run = _Run(partial, Source(source_dir), config, recipe, calibration_ST)
+        run = _Run(partial, Source(source_dir, device), config, recipe, calibration_ST, device)
         for layer in run.remaining_layers():
             on_progress(Progress(layer, config.num_hidden_layers))
             run.quantize_layer(layer)
@@ -80,13 +81,20 @@ class _Run:
     """One run over the layers; owns the partial directory."""
 
     def __init__(
-        self, directory: Path, source: Source, config: ModelConfig, recipe: Recipe, calibration_ST: Tensor
+        self,
+        directory: Path,
+        source: Source,
+        config: ModelConfig,
+        recipe: Recipe,
+        calibration_ST: Tensor,
+        device: torch.device,
     ) -> None:
         self._directory = directory
         self._source = source
         self._config = config
         self._recipe = recipe
         self._num_shards = config.num_hidden_layers + 1
+        self._device = device
         self._layers = LayerQuantizer(source, config, recipe)
         self._state = self._resume(_fingerprint(config, recipe, calibration_ST))
         if not self._state["shards"]:
@@ -96,16 +104,20 @@ class _Run:
         return iter(range(len(self._state["layers"]), self._config.num_hidden_layers))
 
     def quantize_layer(self, layer: int) -> None:
-        """Quantize one layer and make it durable: shard, hidden states, then the progress that counts
+        """Quantize one layer and make it durable: shard, streams, then the progress that counts
         them."""
-        hidden = load_file(self._hidden_path(layer))["hidden"]
-        result, hidden = self._layers.quantize(layer, hidden)
-        write_shard(self._hidden_path(layer + 1), {"hidden": hidden.contiguous()})
+        result, streams = self._layers.quantize(layer, self._load_streams(layer))
+        write_shard(self._streams_path(layer + 1), vars(streams))
         self._write(layer + 2, result.tensors)
-        rows = result.rows_per_expert
-        self._state["layers"].append({"projections": result.projections, "rows_per_expert": rows})
+        self._state["layers"].append(
+            {
+                "projections": result.projections,
+                "rows_per_expert": result.rows_per_expert,
+                "stream_error": result.stream_error,
+            }
+        )
         self._save()
-        self._hidden_path(layer).unlink()
+        self._streams_path(layer).unlink()
 
     def finish(self, source_dir: Path) -> None:
         """Everything but the rename that makes the directory a checkpoint."""
@@ -142,7 +154,8 @@ class _Run:
         head = self._source.head()
         if head is not None:
             tensors["lm_head.weight"] = plain_tensor(head)
-        write_shard(self._hidden_path(0), {"hidden": embedding[calibration_ST].float()})
+        hidden = embedding[calibration_ST.to(self._device)].float()
+        write_shard(self._streams_path(0), {"quantized": hidden, "original": hidden.clone()})
         self._write(1, tensors)
         self._save()
 
@@ -154,8 +167,11 @@ class _Run:
     def _save(self) -> None:
         write_json(self._directory / "progress.json", self._state)
 
-    def _hidden_path(self, layer: int) -> Path:
-        return self._directory / f"hidden-{layer:05d}.safetensors"
+    def _load_streams(self, layer: int) -> Streams:
+        return Streams(**load_file(self._streams_path(layer), device=str(self._device)))
+
+    def _streams_path(self, layer: int) -> Path:
+        return self._directory / f"streams-{layer:05d}.safetensors"
 
     def _report(self) -> dict[str, Any]:
         return {"recipe": asdict(self._recipe), "layers": self._state["layers"]}

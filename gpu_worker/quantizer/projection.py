@@ -24,13 +24,16 @@ class Projection:
     weight_error: float  # |W - Ŵ|² / |W|²
     output_error: float | None  # |x(W - Ŵ)|² / |xW|² over calibration rows, when their moments were given
 
-    @property
-    def num_weights(self) -> int:
-        return self.weight.numel()
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.tensors.values())
+    def figures(self) -> dict[str, object]:
+        """What the report says of it."""
+        return {
+            "name": self.name,
+            "format": self.format,
+            "num_weights": self.weight.numel(),
+            "num_bytes": sum(t.numel() * t.element_size() for t in self.tensors.values()),
+            "weight_error": self.weight_error,
+            "output_error": self.output_error,
+        }
 
 
 def quantize_projection(

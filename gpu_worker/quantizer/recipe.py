@@ -18,6 +18,8 @@ class Recipe:
     wint4_end_layer: int = -1  # the last layer with WINT4 experts; -1 for none
     dense: DenseFormat = "wint8"
     effort: Effort = "normal"
+    correct_experts: bool = True  # fit experts to the original's stream, not to their own old weights
+    correct_dense: bool = True  # the same for attention output, dense and shared down projections
     min_rows: int = 256  # calibration rows an expert gets at least, lent by its router if need be
 
     def expert_format(self, layer: int) -> ExpertFormat:

@@ -16,13 +16,15 @@ _PARTS = {
 
 
 class Source:
-    """The tensors of one checkpoint directory, asked for by Paddle's fused names without the `ernie.` prefix.
+    """The tensors of one checkpoint directory, read to `device`.
 
+    They are asked for by Paddle's fused names without the `ernie.` prefix.
     Raises CheckpointError when a shard is missing or damaged, QuantizeError when the checkpoint cannot be
     quantized.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, device: torch.device) -> None:
+        self._device = device
         checkpoint = open_checkpoint(directory)
         if len(checkpoint.ranks) != 1:
             raise QuantizeError(
@@ -37,7 +39,7 @@ class Source:
         return self._prefix + name in self._tensors
 
     def tensor(self, name: str) -> Tensor:
-        """A tensor that both layouts store alike, in its stored dtype, over the file's own pages."""
+        """A tensor that both layouts store alike, in its stored dtype, on the device."""
         return self._read(self._prefix + name)
 
     def linear(self, name: str) -> Tensor:
@@ -54,6 +56,14 @@ class Source:
         weight = self.tensor(f"layers.{layer}.mlp.gate.weight").float()
         return weight if self._prefix == "ernie." else weight.T.contiguous()
 
+    def correction_bias(self, layer: int) -> Tensor:
+        """The experts' correction bias, float32 [1, experts]; zeros when the checkpoint has none."""
+        name = f"layers.{layer}.mlp.moe_statics.e_score_correction_bias"
+        num_experts = self.router(layer).shape[1]
+        if name not in self:
+            return torch.zeros(1, num_experts, device=self._device)
+        return self.tensor(name).float().view(1, num_experts)
+
     def head(self) -> Tensor | None:
         """The output head [in, vocabulary], or None when the embedding serves."""
         if "lm_head.weight" not in self._tensors:
@@ -64,7 +74,7 @@ class Source:
     def _read(self, name: str) -> Tensor:
         if name not in self._tensors:
             raise QuantizeError(f"the checkpoint has no tensor {name}")
-        return self._tensors[name].read()
+        return self._tensors[name].read().to(self._device)
 
     def _finite(self, name: str, weight: Tensor) -> Tensor:
         bad = int((~torch.isfinite(weight)).sum())

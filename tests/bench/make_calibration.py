@@ -5,6 +5,7 @@ A model's own samples are the text it was trained to expect, free of anyone's co
 held-out text. Run: PYTHONPATH=. python tests/bench/make_calibration.py CACHE_DIRECTORY
 """
 
+import re
 import sys
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def main() -> None:
 def _text(tokenizer: demo_tokenizer.Tokenizer, ids: list[int]) -> str:
     """One sample without its padding on either side."""
     text = tokenizer.decode(ids, skip_special_tokens=False)
-    return text.strip("\n").removeprefix("<|im_end|>").replace("<|im_end|><|im_end|>", "")
+    return re.sub(r"^(<\|im_end\|>)+|(?<=<\|im_end\|>)(<\|im_end\|>)+", "", text).strip("\n")
 
 
 if __name__ == "__main__":

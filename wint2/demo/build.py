@@ -68,7 +68,7 @@ def _quantize(full: Path, output: Path, calibration_ST: Tensor, on_progress: OnP
     def report(progress: Progress) -> None:
         on_progress("quantizing to WINT2", progress.layer, progress.num_layers)
 
-    quantize_checkpoint(full, output, calibration_ST, RECIPE, report)
+    quantize_checkpoint(full, output, calibration_ST, RECIPE, torch.device("cpu"), report)
 
 
 def _calibration(dense: DenseModel) -> Tensor:
