@@ -62,6 +62,12 @@ DEVICE u32 pack_bfloat2(float low, float high) {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
     return d;
 }
+// a·b + c on both bfloats of a register.
+DEVICE u32 fused_bfloat2(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
 DEVICE float half_float(u16 x) {
     float d;
     asm("cvt.f32.f16 %0, %1;" : "=f"(d) : "h"(x));
@@ -102,6 +108,15 @@ DEVICE void wait_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(kInFlight) : "memory");
 }
 
+// Sixteen bytes that are read once: past the L1 cache, which keeps what is read often.
+DEVICE Words4 load_once16(const void* global) {
+    Words4 d;
+    asm("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(d.x), "=r"(d.y), "=r"(d.z), "=r"(d.w)
+        : "l"(global));
+    return d;
+}
+
 // D = A·B + C on one warp's m16n8k16 fragments, float accumulators. Lane 4g+t holds, of A: rows g (a0, a2) and g+8
 // (a1, a3), columns 2t.. (a0, a1) and 2t+8.. (a2, a3); of B: rows 2t.. (b0) and 2t+8.. (b1) of column g; of C and D:
 // row g (c0, c1) and g+8 (c2, c3), columns 2t and 2t+1.
@@ -132,6 +147,12 @@ DEVICE int popcount(u32 x) { return __popc(x); }
 DEVICE void atomic_max(u32* p, u32 x) { atomicMax(p, x); }
 
 DEVICE float fast_exp(float x) { return __expf(x); }
+DEVICE float fast_exp2(float x) {
+    float d;
+    asm("ex2.approx.f32 %0, %1;" : "=f"(d) : "f"(x));
+    return d;
+}
+DEVICE float inverse_root(float x) { return rsqrtf(x); }
 DEVICE float fast_divide(float a, float b) { return __fdividef(a, b); }
 DEVICE float round_down(float x) { return floorf(x); }
 DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }

@@ -229,6 +229,11 @@ DEVICE u32 pack_half2(float low, float high) {
 DEVICE u32 pack_bfloat2(float low, float high) {
     return emulator::float_to_bfloat(low) | emulator::float_to_bfloat(high) << 16;
 }
+DEVICE u32 fused_bfloat2(u32 a, u32 b, u32 c) {
+    auto value = [](u32 pair, int i) { return (double)emulator::bfloat_to_float(pair >> 16 * i & 0xFFFF); };
+    auto half = [&](int i) { return (float)(value(a, i) * value(b, i) + value(c, i)); };
+    return pack_bfloat2(half(0), half(1));
+}
 DEVICE float half_float(u16 x) { return emulator::half_to_float(x); }
 
 // A copy lands when it is waited for, and not before.
@@ -240,6 +245,7 @@ struct alignas(16) Words4 {
     u32 x, y, z, w;
 };
 DEVICE u32 shared_address(const void* p) { return (u32)((u8*)p - emulator::cta.shared); }
+DEVICE Words4 load_once16(const void* global) { return *(const Words4*)global; }
 DEVICE u8* shared_pointer(u32 address) { return emulator::cta.shared + address; }
 DEVICE Words4 load_shared16(u32 address) { return *(const Words4*)shared_pointer(address); }
 DEVICE u32 load_shared4(u32 address) { return *(const u32*)shared_pointer(address); }
@@ -300,6 +306,8 @@ DEVICE u32 lanes_like_mine(u32 x) {
 DEVICE int popcount(u32 x) { return __builtin_popcount(x); }
 DEVICE void atomic_max(u32* p, u32 x) { *p = *p > x ? *p : x; }
 DEVICE float fast_exp(float x) { return std::exp(x); }
+DEVICE float fast_exp2(float x) { return std::exp2(x); }
+DEVICE float inverse_root(float x) { return 1.f / std::sqrt(x); }
 DEVICE float fast_divide(float a, float b) { return a / b; }
 DEVICE float round_down(float x) { return std::floor(x); }
 DEVICE float fused(float a, float b, float c) { return std::fma(a, b, c); }
