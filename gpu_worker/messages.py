@@ -15,7 +15,7 @@ from gpu_worker.engine.errors import (
     RequestError,
 )
 from gpu_worker.engine.sequence import PositionLogprobs, Request, StepOutput, TokenLogprob
-from gpu_worker.sampling_params import SamplingParams, SamplingParamsError
+from gpu_worker.sampling_params import SamplingParams, SamplingParamsError, StructuredOutput
 from protos.rpc import errors
 from protos.wint2.common.v1 import common_pb2
 from protos.wint2.worker.v1 import worker_pb2
@@ -27,8 +27,6 @@ PARAM_NAMES = frozenset(field.name for field in fields(SamplingParams))
 WIRE_PARAM_NAMES = tuple(
     field.name for field in common_pb2.SamplingParams.DESCRIPTOR.fields if field.name in PARAM_NAMES
 )
-# Repeated and map fields have no presence; they become what the engine can hash and freeze.
-COLLECTIONS: Mapping[str, Callable[[Any], Any]] = {"stop_token_ids": tuple, "logit_bias": dict}
 FINISH_REASONS: Mapping[str | None, common_pb2.FinishReason.ValueType] = {
     "stop": common_pb2.FINISH_REASON_STOP,
     "length": common_pb2.FINISH_REASON_LENGTH,
@@ -62,14 +60,33 @@ def _request_id(given: str) -> str:
 def read_params(message: common_pb2.SamplingParams) -> SamplingParams:
     """The given fields over the defaults. Raises InvalidArgumentError naming the field and its limits."""
     given = {field.name: value for field, value in message.ListFields()}
-    for name in COLLECTIONS.keys() & given.keys():
-        given[name] = COLLECTIONS[name](given[name])
     try:
-        return SamplingParams(**{"max_tokens": None, **given})
+        read = {name: READERS[name](value) if name in READERS else value for name, value in given.items()}
+        return SamplingParams(**{"max_tokens": None, **read})
     except SamplingParamsError as error:
         raise errors.InvalidArgumentError(
             f"sampling_params.{error}", field=f"sampling_params.{error.field}"
         ) from error
+
+
+def _read_structured_output(message: common_pb2.StructuredOutput) -> StructuredOutput:
+    kind = message.WhichOneof("format")
+    if kind is None:
+        return StructuredOutput()
+    value = getattr(message, kind)
+    return StructuredOutput(**{kind: _FORMAT_READERS[kind](value) if kind in _FORMAT_READERS else value})
+
+
+_FORMAT_READERS: Mapping[str, Callable[[Any], Any]] = {
+    "json_object": lambda message: True,
+    "choice": lambda message: message.texts,
+}
+
+# What is not a number on the wire, as the engine's types have it.
+READERS: Mapping[str, Callable[[Any], Any]] = {
+    "bad_words_token_ids": lambda runs: [run.ids for run in runs],
+    "structured_output": _read_structured_output,
+}
 
 
 def effective_params(request: Request, max_model_len: int) -> common_pb2.SamplingParams:
@@ -77,7 +94,25 @@ def effective_params(request: Request, max_model_len: int) -> common_pb2.Samplin
     room = max_model_len - len(request.prompt_token_ids)
     params = replace(request.params, max_tokens=min(request.params.max_tokens or room, room))
     given = {name: getattr(params, name) for name in WIRE_PARAM_NAMES}
-    return common_pb2.SamplingParams(**{name: value for name, value in given.items() if value is not None})
+    written = {name: WRITERS[name](value) if name in WRITERS else value for name, value in given.items()}
+    return common_pb2.SamplingParams(**{name: value for name, value in written.items() if value is not None})
+
+
+def _write_structured_output(given: StructuredOutput | None) -> common_pb2.StructuredOutput | None:
+    if given is None:
+        return None
+    texts: dict[str, Any] = {"json_schema": given.json_schema, "regex": given.regex, "grammar": given.grammar}
+    return common_pb2.StructuredOutput(
+        json_object=common_pb2.AnyJsonObject() if given.json_object else None,
+        choice=common_pb2.Choices(texts=given.choice) if given.choice else None,
+        **texts,
+    )
+
+
+WRITERS: Mapping[str, Callable[[Any], Any]] = {
+    "bad_words_token_ids": lambda runs: [common_pb2.TokenIds(ids=run) for run in runs],
+    "structured_output": _write_structured_output,
+}
 
 
 def prompt_info(output: StepOutput, params: common_pb2.SamplingParams) -> worker_pb2.GenerateResponse:
