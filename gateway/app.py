@@ -17,6 +17,7 @@ from gateway.edge import Edge
 from gateway.http import OpenAiApi, require_json
 from gateway.http_errors import on_http_error, on_service_error, on_validation_error
 from gateway.metrics import GatewayMetrics
+from gateway.playground import Playground, playground_routes
 from gateway.settings import GatewaySettings
 from protos.rpc.errors import ServiceError
 
@@ -38,7 +39,13 @@ ERRORS: Documented = {
 }
 
 
-def build_app(api: OpenAiApi, metrics: GatewayMetrics, keys: ApiKeys, settings: GatewaySettings) -> ASGIApp:
+def build_app(
+    api: OpenAiApi,
+    playground: Playground,
+    metrics: GatewayMetrics,
+    keys: ApiKeys,
+    settings: GatewaySettings,
+) -> ASGIApp:
     """Everything between the socket and the handlers."""
     app = FastAPI(
         title="wint2",
@@ -51,6 +58,7 @@ def build_app(api: OpenAiApi, metrics: GatewayMetrics, keys: ApiKeys, settings: 
     )
     app.include_router(openai_routes(api))
     app.include_router(state_routes(api))
+    app.include_router(playground_routes(playground))
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(RequestValidationError, on_validation_error)
     app.add_exception_handler(HTTPException, on_http_error)

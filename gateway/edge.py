@@ -21,7 +21,7 @@ access_logger = logging.getLogger("gateway.access")
 
 # The rest tells nothing of anybody's and must answer probes that have no key.
 GUARDED = ("/v1/", "/tokenize", "/detokenize")
-QUIET = ("/health", "/metrics")
+QUIET = ("/health", "/metrics", "/status")
 
 
 @dataclass

@@ -6,7 +6,7 @@ import base64
 import hashlib
 import re
 from importlib.resources import files
-from typing import NotRequired
+from typing import Any, NotRequired
 
 from fastapi import APIRouter
 from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -85,7 +85,7 @@ class Playground:
 
 def playground_routes(playground: Playground) -> APIRouter:
     routes = APIRouter(tags=["state"])
-    page = {200: {"content": {"text/html": {"schema": {"type": "string"}}}}}
+    page: dict[int | str, dict[str, Any]] = {200: {"content": {"text/html": {"schema": {"type": "string"}}}}}
     routes.add_api_route("/", playground.page, methods=["GET"], responses=page, response_class=HTMLResponse)
     routes.add_api_route(
         "/status", playground.status, methods=["GET"], responses={200: {"model": Status}}, response_model=None

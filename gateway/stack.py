@@ -14,6 +14,7 @@ from gateway.http import OpenAiApi
 from gateway.http_server import HttpServer
 from gateway.metrics import GatewayMetrics
 from gateway.pipeline import Pipeline
+from gateway.playground import Playground
 from gateway.readiness import Readiness
 from gateway.scheduler.dispatcher import Dispatcher
 from gateway.scheduler.scheduler import Scheduler
@@ -61,7 +62,8 @@ async def running(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         readiness = Readiness(tokenizer, scheduler, workers, grpc_server.set_serving)
         pipeline = Pipeline(tokenizer, scheduler, workers, metrics)
         grpc_server.add(gateway_service(pipeline, readiness, settings))
-        app = build_app(OpenAiApi(pipeline, readiness, metrics, settings), metrics, keys, settings)
+        api, playground = OpenAiApi(pipeline, readiness, metrics, settings), Playground(readiness, scheduler)
+        app = build_app(api, playground, metrics, keys, settings)
         http_server = HttpServer(app, settings.http_host, settings.http_port)
         await stack.enter_async_context(http_server.running())
         if settings.metrics_port not in (None, http_server.port):

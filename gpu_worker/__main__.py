@@ -143,6 +143,7 @@ class Worker:
             num_waiting=load.num_waiting,
             kv_cache_usage_ratio=load.num_used_blocks / max(load.num_blocks, 1),
             engine_silence_ms=self._loop.silence_ms,
+            generation_tokens_per_second=load.generation_tokens_per_second,
         )
 
 
