@@ -1,7 +1,7 @@
-"""csrc/X.cu to cubins through NVRTC: one set of options for CI and for the device, an on-disk cache, parallel warm-up.
+"""csrc/X.cu to cubins through NVRTC: one set of options for CI and device, a cache on disk, a warm-up.
 
-NVRTC needs neither a GPU nor a driver. Kernels include no CUDA header, so the toolkit's own include folders, and the
-differences between the pip wheels of CUDA 12 and 13, do not matter.
+NVRTC needs neither a GPU nor a driver. Kernels include no CUDA header, so the toolkit's own include
+folders, and the differences between the pip wheels of CUDA 12 and 13, do not matter.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
@@ -130,7 +131,7 @@ def _write_atomically(path: Path, content: bytes) -> None:
 
 
 @cache
-def _nvrtc():  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _nvrtc() -> Any:
     try:
         from cuda.bindings import nvrtc
 
@@ -149,16 +150,16 @@ def _nvrtc_version() -> tuple[int, int]:
     return major, minor
 
 
-def _read(get_size: Callable, get: Callable, program: object) -> bytes:  # type: ignore[type-arg]
+def _read(get_size: Callable[..., Any], get: Callable[..., Any], program: object) -> bytes:
     error, size = get_size(program)
     _expect_success(error)
-    buffer = b" " * size
+    buffer = b" " * int(size)
     _expect_success(*get(program, buffer))
     return buffer
 
 
-def _expect_success(error: object) -> None:
-    if int(error) != 0:  # type: ignore[call-overload]
+def _expect_success(error: Any) -> None:
+    if int(error) != 0:
         raise KernelBuildError(f"NVRTC: {error}")
 
 
@@ -174,8 +175,9 @@ def _with_source_lines(log: str) -> str:
 
 
 _ENTRY = re.compile(
-    r"Compiling entry function '(?P<name>\w+)'.*?(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, "
-    r"(?P<loads>\d+) bytes spill loads.*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    r"Compiling entry function '(?P<name>\w+)'.*?(?P<stack>\d+) bytes stack frame, "
+    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads.*?"
+    r"Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
     re.DOTALL,
 )
 

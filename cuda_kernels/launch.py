@@ -1,4 +1,4 @@
-"""Launches built kernels on torch's current stream, also inside a CUDA graph capture, and checks what ops are given."""
+"""Launches built kernels on torch's current stream, also into a CUDA graph, and checks what ops are given."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -21,9 +21,15 @@ class Device(Protocol):
     shared_bytes: int  # the most one CTA may have
 
     def launch(
-        self, variant: Variant, kernel: str, grid: Grid, threads: int, shared_bytes: int, arguments: Sequence[Argument]
+        self,
+        variant: Variant,
+        kernel: str,
+        grid: Grid,
+        threads: int,
+        shared_bytes: int,
+        arguments: Sequence[Argument],
     ) -> None:
-        """Starts one kernel; tensors go as pointers, ints as int32, floats as float32, None as a null pointer."""
+        """Starts one kernel; tensors go as pointers, ints as int32, floats as float32, None as null."""
 
 
 class CudaDevice:
@@ -32,13 +38,19 @@ class CudaDevice:
     def __init__(self, index: int) -> None:
         properties = torch.cuda.get_device_properties(index)
         self.num_multiprocessors: int = properties.multi_processor_count
-        self.shared_bytes: int = properties.shared_memory_per_block_optin
+        self.shared_bytes: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
         self._index = index
         self._arch = device_arch((properties.major, properties.minor))
         self._kernels: dict[tuple[Variant, str], Any] = {}
 
     def launch(
-        self, variant: Variant, kernel: str, grid: Grid, threads: int, shared_bytes: int, arguments: Sequence[Argument]
+        self,
+        variant: Variant,
+        kernel: str,
+        grid: Grid,
+        threads: int,
+        shared_bytes: int,
+        arguments: Sequence[Argument],
     ) -> None:
         import cupy
 
@@ -66,7 +78,7 @@ def cuda_device(index: int) -> CudaDevice:
 
 
 def check(name: str, tensor: Tensor, shape: Sequence[int | None], dtypes: Sequence[torch.dtype]) -> None:
-    """Raises ValueError unless `tensor` is contiguous and has one of the dtypes and the shape (None: any size)."""
+    """Raises ValueError unless `tensor` is contiguous, of a listed dtype and shape (None: any size)."""
     fits = len(shape) == tensor.ndim and all(w in (None, n) for w, n in zip(shape, tensor.shape, strict=True))
     if not (fits and tensor.dtype in dtypes and tensor.is_contiguous()):
         wanted = ", ".join("any" if size is None else str(size) for size in shape)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cuda_kernels.build import Variant
 from cuda_kernels.formats import ccq, layout
-from cuda_kernels.launch import Device, check, cuda_device
+from cuda_kernels.launch import Argument, Device, check, cuda_device
 from cuda_kernels.packing import PackedWint2, code_points, unpack_codes, unpack_local_scales
 
 _WARPS, _THREADS = 16, 512
@@ -19,12 +19,16 @@ _MAX_STAGES = 6
 
 
 def moe_wint2(
-    hidden_TD: Tensor, expert_ids_TA: Tensor, expert_weights_TA: Tensor, up_gate: PackedWint2, down: PackedWint2
+    hidden_TD: Tensor,
+    expert_ids_TA: Tensor,
+    expert_weights_TA: Tensor,
+    up_gate: PackedWint2,
+    down: PackedWint2,
 ) -> Tensor:
     """Σ over a token's experts of weight · down(silu(gate(x)) · up(x)): bf16 [T, D].
 
-    `hidden_TD` bf16, `expert_ids_TA` int32, `expert_weights_TA` f32; no id twice in a row. Weights count exactly as
-    level · local scale · super scale, activations as they are; sums are in float32, h is rounded to bf16.
+    `hidden_TD` bf16, `expert_ids_TA` int32, `expert_weights_TA` f32; no id twice in a row. Weights count
+    exactly as level · local scale · super scale, activations as they are; sums are float32, h is bf16.
     """
     _check(hidden_TD, expert_ids_TA, expert_weights_TA, up_gate, down)
     if hidden_TD.shape[0] == 0:
@@ -43,28 +47,29 @@ def _check(hidden: Tensor, ids: Tensor, weights: Tensor, up_gate: PackedWint2, d
     if not up_gate.num_rows - 128 < width <= up_gate.num_rows or down.num_features % 8:
         raise ValueError(f"hidden_TD: width {width} does not fit up_gate's {up_gate.num_rows} padded rows")
     if not down.num_rows - 128 < up_gate.num_features <= down.num_rows:
-        raise ValueError(f"down: {down.num_rows} padded rows do not fit up_gate's {up_gate.num_features} features")
+        features = up_gate.num_features
+        raise ValueError(f"down: {down.num_rows} padded rows do not fit up_gate's {features} features")
 
 
 def dequantize_packed(packed: PackedWint2, expert: int) -> Tensor:
     """One expert's weights as the kernel counts them, f64 [K, N] in true row order."""
-    one = PackedWint2(**{**packed.__dict__, **_rows_of(packed, expert)})
+    one = packed.map_tensors(lambda tensor: tensor[expert : expert + 1])
     codes = code_points(one)[0].gather(0, unpack_codes(one)[0].long())
     levels = layout.to_rows(ccq.fields(codes), packed.k_order).double()
     local = unpack_local_scales(one)[0].double().repeat_interleave(layout.GROUP_SIZE, dim=0)
     return levels * local * _super_scales(one).double()
 
 
-def _rows_of(packed: PackedWint2, expert: int) -> dict[str, Tensor]:
-    return {name: t[expert : expert + 1] for name, t in packed.__dict__.items() if isinstance(t, Tensor)}
-
-
 def _super_scales(one: PackedWint2) -> Tensor:
-    scales = one.super_scales[0].transpose(0, 1).flatten(1)[:, : one.num_features] if one.is_gated else one.super_scales
+    scales = one.super_scales[0]
+    if one.is_gated:
+        scales = scales.transpose(0, 1).flatten(1)[:, : one.num_features]
     return scales.flatten()[: one.num_columns]
 
 
-def _reference(hidden: Tensor, ids: Tensor, weights: Tensor, up_gate: PackedWint2, down: PackedWint2) -> Tensor:
+def _reference(
+    hidden: Tensor, ids: Tensor, weights: Tensor, up_gate: PackedWint2, down: PackedWint2
+) -> Tensor:
     out = torch.zeros(hidden.shape, dtype=torch.float64, device=hidden.device)
     for expert in ids.unique().tolist():
         token, slot = (ids == expert).nonzero(as_tuple=True)
@@ -97,8 +102,8 @@ class Tiling:
 def choose_tiling(num_tokens: int, num_steps: int, shared_limit: int) -> Tiling:
     """The tiling for at most `num_tokens` rows an expert and `num_steps` 128-steps of K.
 
-    Rows: the smallest tile that holds one row a token, up to 16. Warps along K: a divisor of the steps if there is
-    one, so that no warp waits. Passes: as few as let a tile's activations fit beside at least three stages.
+    Rows: the smallest tile that holds one row a token, up to 16. Warps along K: a divisor of the steps if
+    there is one, so that no warp waits. Passes: as few as let a tile's activations fit beside three stages.
     """
     rows = next((n for n in (1, 2, 4, 8) if num_tokens <= n), 16)
     choices = (8, 4) if rows <= 8 else (4,)
@@ -115,11 +120,29 @@ def _shared_bytes(warps_k: int, rows: int, stages: int, steps: int) -> int:
     token_tiles = -(-rows // 8)
     splits = 4 * warps_k // _WARPS
     partial = token_tiles * _WARPS * (256 + 32 // splits) * 4
-    return _WARPS * stages * _SLOT_BYTES + 16 + partial + steps * 2 * token_tiles * 64 + steps * 256 * rows + rows * 4
+    activations = steps * (128 * token_tiles + 256 * rows) + rows * 4
+    return _WARPS * stages * _SLOT_BYTES + 16 + partial + activations
+
+
+def projection_variants() -> list[Variant]:
+    """Every variant that `choose_tiling` may ask for on a device with Hopper's shared memory."""
+    tilings = {(8, rows, stages) for rows in (1, 2, 4, 8) for stages in (3, _MAX_STAGES)}
+    tilings |= {(4, rows, stages) for rows in (1, 8, 16) for stages in (3, _MAX_STAGES)}
+    return [_variant(gated, *tiling) for gated in (False, True) for tiling in sorted(tilings)]
+
+
+def _variant(is_gated: bool, warps_k: int, rows: int, stages: int) -> Variant:
+    defines = {"GATED": int(is_gated), "WARPS_K": warps_k, "ROWS": rows, "STAGES": stages}
+    return Variant("moe_wint2", tuple(defines.items()))
 
 
 def launch_moe_wint2(
-    device: Device, hidden_TD: Tensor, ids_TA: Tensor, weights_TA: Tensor, up_gate: PackedWint2, down: PackedWint2
+    device: Device,
+    hidden_TD: Tensor,
+    ids_TA: Tensor,
+    weights_TA: Tensor,
+    up_gate: PackedWint2,
+    down: PackedWint2,
 ) -> Tensor:
     """The same by the kernels, four launches and no synchronisation."""
     (num_tokens, width), num_routed = hidden_TD.shape, ids_TA.numel()
@@ -139,12 +162,12 @@ def launch_moe_wint2(
     out_TD = new((num_tokens, width))
     routing = Variant("routing")
     sort_bytes = (33 * up_gate.num_experts + 1) * 4
-    dispatch = [ids_TA, num_routed, up_gate.num_experts, tiling.rows, hidden_TD, width // 2]
+    dispatch: list[Argument] = [ids_TA, num_routed, up_gate.num_experts, tiling.rows, hidden_TD, width // 2]
     dispatch += [routed.sorted, routed.tiles, routed.num_tiles, routed.hidden_max, routed.h_max]
     device.launch(routing, "dispatch", (1 + num_tokens, 1), 1024, max(sort_bytes, 128), dispatch)
     _project(device, up_gate, tiling, routed, hidden_TD, routed.hidden_max, h_RF, None)
     _project(device, down, down_tiling, routed, h_RF, routed.h_max, y_RD, weights_TA)
-    combine = [y_RD, out_TD, width, ids_TA.shape[1]]
+    combine: list[Argument] = [y_RD, out_TD, width, ids_TA.shape[1]]
     device.launch(routing, "combine", (num_tokens, -(-width // 1024)), 256, 0, combine)
     return out_TD
 
@@ -181,17 +204,11 @@ def _project(
     token_tiles = -(-tiling.rows // 8)
     scratch_shape = (grid, panels_kept, token_tiles, 4, 256) if tiling.passes > 1 else (1,)
     strides = (16, 2) if packed.k_order == "natural" else (2, 8)
-    defines = {
-        "GATED": int(packed.is_gated),
-        "WARPS_K": tiling.warps_k,
-        "ROWS": tiling.rows,
-        "STAGES": tiling.stages,
-    }
-    arguments = [packed.records, packed.channels, packed.arithmetic, packed.super_scales]
+    arguments: list[Argument] = [packed.records, packed.channels, packed.arithmetic, packed.super_scales]
     arguments += [packed.num_pairs, packed.num_steps]
     arguments += [rows, rows_max, rows.shape[1], rows.shape[1], *strides]
     arguments += [routed.sorted, routed.experts_per_token, routed.tiles, routed.num_tiles]
     arguments += [out, routed.h_max, expert_weights, out.new_empty(scratch_shape, dtype=torch.float32)]
     arguments += [packed.num_features, panels_kept, tiling.passes]
-    variant = Variant("moe_wint2", tuple(defines.items()))
+    variant = _variant(packed.is_gated, tiling.warps_k, tiling.rows, tiling.stages)
     device.launch(variant, "expert_projection", (grid, 1), _THREADS, tiling.shared_bytes, arguments)

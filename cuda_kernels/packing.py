@@ -1,19 +1,21 @@
 """Stored WINT2 experts to the bytes that csrc/moe_wint2.cu streams, and back.
 
-A record holds one pair of 16-channel tiles over all of K: gate and up of the same 16 features, or 32 neighbouring
-features of a down projection. K advances in steps of 128 (two 64-groups h):
+A record holds one pair of 16-channel tiles over all of K: gate and up of the same 16 features, or 32
+neighbouring features of a down projection. K advances in steps of 128 (two 64-groups h):
 
     record   scales u32 [steps, 8], padded to 128 bytes | codes u8 [steps, tile 2, lane 32, 16]
 
-    lane 4g+t holds, for h and r in {0, 1}, as bytes 4(2h+r)..4(2h+r)+3, codes 4t..4t+3 of group h of channel g + 8r
-    scale word g holds the local scales of channels g and g+8 as nibbles number 4·tile + 2h + r
+    lane 4g+t holds, for h and r in {0, 1}, as bytes 4(2h+r)..4(2h+r)+3, codes 4t..4t+3 of group h of channel
+    g + 8r; scale word g holds the local scales of channels g and g+8 as nibbles number 4·tile + 2h + r
 
-so that a warp reads 512 consecutive bytes and every lane finds in its sixteen the operands of its own mma fragments.
+so that a warp reads 512 consecutive bytes and every lane finds in its sixteen the operands of its own mma's.
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import IntEnum
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,11 +41,11 @@ class Arithmetic(IntEnum):
 
 @dataclass(frozen=True, eq=False)
 class PackedWint2:
-    """All experts' weights of one projection, laid out for the kernel. E experts, P pairs, K rows padded to STEP."""
+    """All experts' weights of a projection as the kernel reads them: E experts, P pairs, K padded to STEP."""
 
     records: Tensor  # u8 [E, P, record bytes]
-    channels: Tensor  # i32 [E, P, 8, 8]: of channels (tile, r) = (0,0) (0,1) (1,0) (1,1) the multiplier A, then B
-    arithmetic: Tensor  # i32 [E, P]: which Arithmetic A and B are for (FLOATS: bits of code_scale, code_zp + 1/2)
+    channels: Tensor  # i32 [E, P, 8, 8]: A of (tile, r) = (0,0) (0,1) (1,0) (1,1), then B
+    arithmetic: Tensor  # i32 [E, P]: of A and B (FLOATS: the bits of code_scale and code_zp + 1/2)
     super_scales: Tensor  # f32 [E, P, 2, TILE]
     num_rows: int  # K, padded
     num_columns: int  # N as stored: gate and up counted both
@@ -68,8 +70,13 @@ class PackedWint2:
         return self.num_columns // 2 if self.is_gated else self.num_columns
 
     def to(self, device: torch.device | str) -> "PackedWint2":
-        moved = {name: value.to(device) for name, value in self.__dict__.items() if isinstance(value, Tensor)}
-        return replace(self, **moved)
+        return self.map_tensors(lambda tensor: tensor.to(device))
+
+    def map_tensors(self, function: Callable[[Tensor], Tensor]) -> "PackedWint2":
+        changed: dict[str, Any] = {
+            name: function(value) for name, value in self.__dict__.items() if isinstance(value, Tensor)
+        }
+        return replace(self, **changed)
 
 
 def pack_wint2(
@@ -84,12 +91,13 @@ def pack_wint2(
 ) -> PackedWint2:
     """Packs stacked experts: u8 [E, K/4, N], u8 [E, K/128, N] and three [E, N], on the tensors' own device.
 
-    A gated projection's columns are all gates, then all ups. Columns are padded with zero scales to whole tiles.
+    A gated projection's columns are all gates, then all ups. They are padded with zero scales to whole tiles.
     """
     num_rows, num_columns = 4 * quant_weight.shape[1], quant_weight.shape[2]
     if num_rows % STEP:
         raise ValueError(f"quant_weight: {num_rows} rows, need a multiple of {STEP}")
-    pairs = [_paired(tensor, is_gated) for tensor in (quant_weight, weight_scale, super_scales, code_scale, code_zp)]
+    stored = (quant_weight, weight_scale, super_scales, code_scale, code_zp)
+    pairs = [_paired(tensor, is_gated) for tensor in stored]
     records = torch.cat([_pack_scales(pairs[1]), _pack_codes(pairs[0])], dim=-1)
     channels, arithmetic = _pack_channels(pairs[3], pairs[4])
     return PackedWint2(
@@ -129,13 +137,16 @@ def code_points(packed: PackedWint2) -> Tensor:
     kinds = packed.arithmetic[..., None, None].expand_as(constants[0])
     a, b, kind = (_unpaired(t.unsqueeze(1), packed) for t in (*constants, kinds))
     byte = torch.arange(ccq.NUM_CODES, device=a.device)[None, :, None]
-    points = _float_codes(byte.float(), a.contiguous().view(torch.float32), b.contiguous().view(torch.float32))
+    scale, offset = (constant.contiguous().view(torch.float32) for constant in (a, b))
+    points = _float_codes(byte.float(), scale, offset)
     for exact, bits in ((Arithmetic.INTEGERS, FRACTION_BITS), (Arithmetic.SHORT, SHORT_FRACTION_BITS)):
         points = torch.where(kind == exact, byte * a.long() + b.long() >> bits, points)
     return (points & ccq.CODE_MASK).short()
 
 
-def integer_constants(code_scale: Tensor, code_zp: Tensor, fraction_bits: int) -> tuple[Tensor, Tensor, Tensor]:
+def integer_constants(
+    code_scale: Tensor, code_zp: Tensor, fraction_bits: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """A, B (i64 [N]) with (b·A + B) >> fraction_bits = code b for all 256 bytes b; and where there are such.
 
     For a multiplier A the allowed B are an interval, the intersection of one a byte; multipliers near
@@ -164,7 +175,7 @@ def _float_codes(byte: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
 
 def _offset_interval(codes: Tensor, multiplier: Tensor, fraction_bits: int) -> tuple[Tensor, Tensor]:
     byte = torch.arange(ccq.NUM_CODES, device=codes.device).unsqueeze(1)
-    least = (codes << fraction_bits) - byte * multiplier
+    least: Tensor = (codes << fraction_bits) - byte * multiplier
     return least.amax(0), least.amin(0) + (1 << fraction_bits) - 1
 
 
@@ -174,12 +185,11 @@ def _wrap(value: Tensor) -> Tensor:
 
 def _paired(tensor: Tensor, is_gated: bool) -> Tensor:
     """Columns [..., N] to [..., P, tile 2, TILE], zero-padded."""
-    halves = tensor.unflatten(-1, (2, -1)) if is_gated else tensor.unsqueeze(-2)
+    halves: Tensor = tensor.unflatten(-1, (2, -1)) if is_gated else tensor.unsqueeze(-2)
     unit = TILE if is_gated else 2 * TILE
     padded = torch.nn.functional.pad(halves, (0, -halves.shape[-1] % unit))
-    if is_gated:
-        return padded.unflatten(-1, (-1, TILE)).transpose(-3, -2)
-    return padded.squeeze(-2).unflatten(-1, (-1, 2, TILE))
+    tiles: Tensor = padded.unflatten(-1, (-1, TILE))
+    return tiles.transpose(-3, -2) if is_gated else tiles.reshape(*tensor.shape[:-1], -1, 2, TILE)
 
 
 def _unpaired(tensor: Tensor, packed: PackedWint2) -> Tensor:
@@ -197,14 +207,16 @@ def _scale_bytes(steps: int) -> int:
 def _pack_codes(codes: Tensor) -> Tensor:
     num_experts, _, num_pairs = codes.shape[:3]
     rows = codes.reshape(num_experts, -1, 2, 4, 4, num_pairs, 2, 2, 8)  # E steps h t j P i r g
-    return rows.permute(0, 5, 1, 6, 8, 3, 2, 7, 4).reshape(num_experts, num_pairs, -1)  # E P steps i g t h r j
+    lanes = rows.permute(0, 5, 1, 6, 8, 3, 2, 7, 4)  # E P steps i g t h r j
+    return lanes.reshape(num_experts, num_pairs, -1)
 
 
 def _pack_scales(scales: Tensor) -> Tensor:
     num_experts, steps, num_pairs = scales.shape[:3]
-    groups = torch.stack([scales >> 4, scales & 15], dim=2)  # E steps h P i 16: the even group is the high nibble
-    nibbles = groups.reshape(num_experts, steps, 2, num_pairs, 2, 2, 8).permute(0, 3, 1, 6, 4, 2, 5)  # E P steps g i h r
-    low, high = nibbles.reshape(num_experts, num_pairs, -1, 2).unbind(-1)
+    groups = torch.stack([scales >> 4, scales & 15], dim=2)  # E steps h P i 16: even groups are high nibbles
+    nibbles = groups.reshape(num_experts, steps, 2, num_pairs, 2, 2, 8)  # E steps h P i r g
+    words = nibbles.permute(0, 3, 1, 6, 4, 2, 5)  # E P steps g i h r
+    low, high = words.reshape(num_experts, num_pairs, -1, 2).unbind(-1)
     packed = low | high << 4
     return torch.nn.functional.pad(packed, (0, _scale_bytes(steps) - packed.shape[-1]))
 
@@ -215,11 +227,12 @@ def _pack_channels(code_scale: Tensor, code_zp: Tensor) -> tuple[Tensor, Tensor]
     a, b = scale.view(torch.int32), (zp + 0.5).view(torch.int32)
     kinds = torch.zeros(scale.shape[:2], dtype=torch.int32, device=scale.device)
     for kind, bits in ((Arithmetic.INTEGERS, FRACTION_BITS), (Arithmetic.SHORT, SHORT_FRACTION_BITS)):
-        multiplier, offset, found = (t.view(scale.shape) for t in integer_constants(scale.flatten(), zp.flatten(), bits))
+        found_constants = integer_constants(scale.flatten(), zp.flatten(), bits)
+        multiplier, offset, found = (constant.view(scale.shape) for constant in found_constants)
         if kind is Arithmetic.SHORT:
             found = found & (multiplier >= 0) & (multiplier < 2**16)
         elif not bool(found.all()):
-            log.info("%d of %d channels have no exact integer form: float arithmetic", (~found).sum(), found.numel())
+            log.info("%d of %d channels have no exact integer form: floats", (~found).sum(), found.numel())
         exact = found.flatten(-2).all(-1)
         use = exact[..., None, None]
         a, b = torch.where(use, _wrap(multiplier), a), torch.where(use, _wrap(offset), b)

@@ -21,8 +21,9 @@ def disassemble(cubin: bytes, folder: Path) -> list[Instruction]:
     """The instructions of a cubin that holds one kernel (or the first of several)."""
     path = folder / "kernel.cubin"
     path.write_bytes(cubin)
-    text = subprocess.run([_tool("cuobjdump"), "-sass", path], capture_output=True, text=True, check=True).stdout
-    return [Instruction(int(a, 16), opcode, rest) for a, opcode, rest in _INSTRUCTION.findall(text)]
+    command = [_tool("cuobjdump"), "-sass", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [Instruction(int(a, 16), opcode, rest) for a, opcode, rest in _INSTRUCTION.findall(done.stdout)]
 
 
 def loops(code: list[Instruction]) -> list[list[Instruction]]:

@@ -1,4 +1,4 @@
-"""Builds the kernels for the host emulator with g++ and launches them on CPU tensors, as a `launch.Device`."""
+"""Builds the kernels for the host with g++ and launches them on CPU tensors, as a `launch.Device`."""
 
 import ctypes
 import hashlib
@@ -15,7 +15,7 @@ from cuda_kernels.launch import Argument, Grid
 
 HERE = Path(__file__).parent
 _KERNEL = re.compile(r"^KERNEL\([^)]*\) (\w+)\(", re.MULTILINE)
-_FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-x", "c++", "-w", "-DWINT2_EMULATOR", "-fno-strict-aliasing"]
+_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-xc++", "-w", "-DWINT2_EMULATOR", "-fno-strict-aliasing")
 
 
 @dataclass
@@ -31,7 +31,13 @@ class Emulator:
     _libraries: dict[Variant, ctypes.CDLL] = field(default_factory=dict)
 
     def launch(
-        self, variant: Variant, kernel: str, grid: Grid, threads: int, shared_bytes: int, arguments: Sequence[Argument]
+        self,
+        variant: Variant,
+        kernel: str,
+        grid: Grid,
+        threads: int,
+        shared_bytes: int,
+        arguments: Sequence[Argument],
     ) -> None:
         boxed = [_box(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(boxed))(*(ctypes.addressof(box) for box in boxed))
@@ -62,8 +68,8 @@ def build(variant: Variant, folder: Path, sources: Path = SOURCES, flags: tuple[
 
 def _export(kernel: str) -> str:
     return (
-        f'extern "C" void launch_{kernel}(int x, int y, int threads, size_t shared, unsigned seed, void** arguments) '
-        f"{{ emulator::launch({kernel}, x, y, threads, shared, seed, arguments); }}\n"
+        f'extern "C" void launch_{kernel}(int x, int y, int threads, size_t shared, unsigned seed, void** a) '
+        f"{{ emulator::launch({kernel}, x, y, threads, shared, seed, a); }}\n"
     )
 
 

@@ -1,0 +1,143 @@
+"""The expert kernels, on the host emulator, against the float64 oracle; tilings; what is refused."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from cuda_kernels import moe_wint2 as op
+from cuda_kernels.formats import layout
+from cuda_kernels.launch import cuda_device
+from cuda_kernels.packing import PackedWint2, unpack_local_scales
+from tests.cuda_kernels.emulator.emulator import Emulator
+from tests.cuda_kernels.generators import Layer, layer
+
+H100_SHARED_BYTES = 232448
+
+
+def error(out: torch.Tensor, layer: Layer) -> float:
+    reference = op.moe_wint2(*layer.arguments).double()
+    return float((out.double() - reference).norm() / reference.norm())
+
+
+@pytest.mark.parametrize(
+    ("case", "shared_bytes"),
+    [
+        (layer(1, 2, 1, 128, 128, k_order="natural"), H100_SHARED_BYTES),
+        (layer(3, 4, 2, 576, 128, kind="grid"), H100_SHARED_BYTES),  # the demo model's widths: K padded
+        (layer(3, 4, 2, 256, 136, kind="extreme", seed=3), H100_SHARED_BYTES),
+        (layer(20, 4, 2, 576, 136, k_order="natural"), H100_SHARED_BYTES),
+        (layer(20, 4, 3, 640, 136), 112_000),  # too little shared memory for all of K: several passes
+    ],
+    ids=["one token", "padded K", "float codes", "two token tiles", "passes"],
+)
+def test_kernels_agree_with_the_oracle(case: Layer, shared_bytes: int, emulator: Emulator) -> None:
+    emulator.shared_bytes = shared_bytes
+    assert error(op.launch_moe_wint2(emulator, *case.arguments), case) < 1e-3
+
+
+def test_no_order_of_threads_changes_a_bit(emulator_folder: Path) -> None:
+    case = layer(3, 4, 2, 576, 128, kind="grid")
+    outs = [op.launch_moe_wint2(Emulator(emulator_folder, seed=seed), *case.arguments) for seed in (0, 1, 2)]
+    assert torch.equal(outs[0], outs[1])
+    assert torch.equal(outs[0], outs[2])
+
+
+def test_a_token_s_result_does_not_depend_on_its_neighbours(emulator: Emulator) -> None:
+    case = layer(4, 4, 2, 576, 128, kind="grid")
+    together = op.launch_moe_wint2(emulator, *case.arguments)
+    hidden, ids, weights, up_gate, down = case.arguments
+    for token in (slice(0, 3), slice(1, 4)):
+        alone = op.launch_moe_wint2(emulator, hidden[token], ids[token], weights[token], up_gate, down)
+        assert torch.equal(together[token], alone)
+
+
+def bfloat_method(case: Layer) -> torch.Tensor:
+    """The method's own arithmetic: local·super rounded to bfloat, the weight again, products of bfloat."""
+    out = torch.zeros(case.hidden.shape, dtype=torch.float64)
+    for token, slot in torch.cartesian_prod(*map(torch.arange, case.expert_ids.shape)).tolist():
+        expert = int(case.expert_ids[token, slot])
+        up_gate, down = (_bfloat_weights(packed, expert) for packed in (case.up_gate, case.down))
+        x = torch.nn.functional.pad(case.hidden[token].double(), (0, up_gate.shape[0] - case.hidden.shape[1]))
+        gate, up = (x @ up_gate.double()).bfloat16().chunk(2)
+        h = (torch.nn.functional.silu(gate) * up).double()
+        y = torch.nn.functional.pad(h, (0, down.shape[0] - len(h))) @ down.double()
+        out[token] += y.bfloat16().double() * float(case.expert_weights[token, slot])
+    return out.bfloat16()
+
+
+def _bfloat_weights(packed: PackedWint2, expert: int) -> torch.Tensor:
+    levels = op.dequantize_packed(replace(packed, super_scales=torch.ones_like(packed.super_scales)), expert)
+    local = unpack_local_scales(packed)[expert].double().repeat_interleave(layout.GROUP_SIZE, dim=0)
+    supers = op.dequantize_packed(packed, expert).abs().amax(0) / levels.abs().amax(0)
+    level = torch.where(local > 0, levels / local, 0.0)
+    return (level * (local * supers).bfloat16().double()).bfloat16()
+
+
+@pytest.mark.parametrize("spread", [0, 12])
+def test_error_is_no_larger_than_the_bfloat_method_s(spread: int, emulator: Emulator) -> None:
+    """Also for activations of very different sizes, in a row and between rows, and for a row of zeros."""
+    case = layer(3, 4, 2, 256, 136, kind="grid")
+    if spread:
+        case.hidden.mul_(2.0 ** torch.randint(-spread, spread, case.hidden.shape))
+        case.hidden[0, 0], case.hidden[1], case.hidden[2, 5] = 1e9, 0, 1e-30
+    ours = op.launch_moe_wint2(emulator, *case.arguments)
+    assert error(ours, case) <= error(bfloat_method(case), case)
+
+
+def test_no_tokens() -> None:
+    assert op.moe_wint2(*layer(0, 2, 1, 128, 128).arguments).shape == (0, 128)
+
+
+def test_wrong_sizes_are_named() -> None:
+    case = layer(2, 2, 1, 128, 128)
+    with pytest.raises(ValueError, match=r"hidden_TD: expected contiguous bfloat16 \[2, 128\], got"):
+        op.moe_wint2(case.hidden.float(), *case.arguments[1:])
+    with pytest.raises(ValueError, match=r"expert_weights_TA: expected contiguous float32 \[2, 1\]"):
+        op.moe_wint2(case.hidden, case.expert_ids, case.expert_weights[:1], case.up_gate, case.down)
+    with pytest.raises(ValueError, match=r"down: 256 padded rows do not fit up_gate's 128 features"):
+        op.moe_wint2(*case.arguments[:4], layer(2, 2, 1, 128, 256).down)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 3, 8, 9, 64, 8192])
+@pytest.mark.parametrize("num_steps", [1, 5, 28, 64, 224])
+def test_tilings_fit_and_hold_the_tokens(num_tokens: int, num_steps: int) -> None:
+    tiling = op.choose_tiling(num_tokens, num_steps, H100_SHARED_BYTES)
+    assert tiling.shared_bytes <= H100_SHARED_BYTES
+    assert tiling.rows >= min(num_tokens, 16)
+    assert tiling.stages >= 3
+    assert 1 <= tiling.passes <= num_steps
+    assert tiling.warps_n * tiling.warps_k == 16
+
+
+def test_a_decode_step_of_the_large_model_keeps_its_activations_at_hand() -> None:
+    assert op.choose_tiling(1, 64, H100_SHARED_BYTES).passes == 1
+    assert op.choose_tiling(8, 64, H100_SHARED_BYTES).passes == 1
+
+
+def test_a_device_too_small_for_any_tile_is_named() -> None:
+    with pytest.raises(ValueError, match="10000 bytes of shared memory hold no tile of 1 rows"):
+        op.choose_tiling(1, 64, 10_000)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 5, 8, 9, 64, 200])
+@pytest.mark.parametrize("k_order", ["natural", "shuffled"])
+def test_gpu_agrees_with_the_oracle(num_tokens: int, k_order: str) -> None:
+    case = layer(num_tokens, 16, 4, 1088, 400, k_order=k_order)
+    arguments = [argument.to("cuda") for argument in case.arguments]
+    assert error(op.launch_moe_wint2(cuda_device(0), *arguments).cpu(), case) < 1e-3
+
+
+@pytest.mark.gpu
+def test_gpu_result_is_the_same_from_a_graph() -> None:
+    case = layer(3, 4, 2, 576, 128)
+    arguments = [argument.to("cuda") for argument in case.arguments]
+    eager = op.moe_wint2(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = op.moe_wint2(*arguments)
+    captured.zero_()
+    graph.replay()
+    assert torch.equal(captured, eager)
