@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import torch
 
+from cuda_kernels.build import Variant
+from cuda_kernels.launch import Argument, Device, cuda_device
+
+_VECTOR, _THREADS = 8, 256  # as in csrc/rope.cu
+
 
 def cos_sin_table(
     num_positions: int, head_dim: int, theta: float, *, compression_ratio: float = 1.0
@@ -30,6 +35,9 @@ def rope(
 
     The inputs must not be used afterwards: an implementation may rotate in place.
     """
+    if query_THC.is_cuda and query_THC.dtype == torch.bfloat16 and query_THC.shape[-1] % _VECTOR == 0:
+        launch_rope(cuda_device(query_THC.device.index), query_THC, key_TGC, positions_T, cos_sin_PC)
+        return query_THC, key_TGC
     cos, sin = cos_sin_PC[positions_T].unsqueeze(1).chunk(2, dim=-1)
     # Products and sums apart, where a complex product would fuse them for some layouts only and change bits.
     cos_of_pair, sin_of_pair = torch.stack((cos, cos), dim=-1), torch.stack((-sin, sin), dim=-1)
@@ -39,3 +47,30 @@ def rope(
 def _rotate(x_THC: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     pairs: torch.Tensor = x_THC.float().unflatten(-1, (-1, 2))
     return (pairs * cos + pairs.flip(-1) * sin).flatten(-2).to(x_THC.dtype)
+
+
+def launch_rope(
+    device: Device,
+    query_THC: torch.Tensor,
+    key_TGC: torch.Tensor,
+    positions_T: torch.Tensor,
+    cos_sin_PC: torch.Tensor,
+) -> None:
+    """The same by the kernel, in place; a token's heads lie side by side, tokens at any distance."""
+    num_tokens, num_heads, head_dim = query_THC.shape
+    query_vectors = num_heads * head_dim // _VECTOR
+    vectors = query_vectors + key_TGC.shape[1] * head_dim // _VECTOR
+    strides = [query_THC.stride(0) // _VECTOR, key_TGC.stride(0) // _VECTOR]
+    arguments: list[Argument] = [
+        query_THC,
+        key_TGC,
+        positions_T,
+        cos_sin_PC,
+        *strides,
+        query_vectors,
+        vectors,
+        head_dim,
+    ]
+    if num_tokens:
+        grid = num_tokens, -(-vectors // _THREADS)
+        device.launch(Variant("rope"), "rope", grid, _THREADS, 0, arguments)

@@ -21,12 +21,16 @@ def test_rms_norm(num_tokens: int, width: int, has_residual: bool, emulator: Emu
     x, weight = rows(num_tokens, width), rows(width)
     residual = rows(num_tokens, width + 1)[:, :width].contiguous() if has_residual else None
     normed, total = norm.launch_rms_norm(emulator, x, residual, weight, 1e-5)
-    expected = norm.add_rms_norm(x, residual, weight, 1e-5) if has_residual else (norm.rms_norm(x, weight, 1e-5), x)
+    expected = (
+        norm.add_rms_norm(x, residual, weight, 1e-5) if has_residual else (norm.rms_norm(x, weight, 1e-5), x)
+    )
     torch.testing.assert_close(normed, expected[0], rtol=BF16_STEP, atol=1e-6)
     assert torch.equal(total, expected[1])
 
 
-@pytest.mark.parametrize(("num_tokens", "heads", "kv_heads", "head_dim"), [(0, 2, 1, 16), (3, 9, 3, 64), (1, 20, 4, 128)])
+@pytest.mark.parametrize(
+    ("num_tokens", "heads", "kv_heads", "head_dim"), [(0, 2, 1, 16), (3, 9, 3, 64), (1, 20, 4, 128)]
+)
 def test_rope_turns_a_view_of_the_projection_in_place(
     num_tokens: int, heads: int, kv_heads: int, head_dim: int, emulator: Emulator
 ) -> None:
@@ -58,8 +62,10 @@ def test_kv_store_names_what_does_not_fit(emulator: Emulator) -> None:
     cache = torch.zeros(1, 4, 1, 6, dtype=torch.bfloat16)
     with pytest.raises(ValueError, match="keys take 12 bytes"):
         kv_store.launch_kv_store(emulator, rows(1, 1, 6), rows(1, 1, 6), cache, cache, torch.tensor([0]))
-    with pytest.raises(ValueError, match="the cache holds torch.float32"):
-        kv_store.launch_kv_store(emulator, rows(1, 1, 8), rows(1, 1, 8), cache.float(), cache, torch.tensor([0]))
+    with pytest.raises(ValueError, match=r"the cache holds torch\.float32"):
+        kv_store.launch_kv_store(
+            emulator, rows(1, 1, 8), rows(1, 1, 8), cache.float(), cache, torch.tensor([0])
+        )
 
 
 @settings(max_examples=12, deadline=None)
