@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test lint format protos demo stop gpu bench size clean
+.PHONY: help install test acceptance lint format protos demo stop gpu bench size clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -28,6 +28,11 @@ $(INSTALLED): pyproject.toml setup.py $(PROTOS) | $(BIN)/python
 
 test: lint ## ruff, mypy --strict, import rules, then every test that needs no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not demo"
+
+acceptance: $(INSTALLED) ## other people's programs against this one: a browser, foreign gateways, clients, load
+	$(BIN)/pip install --quiet --editable ".[dev,acceptance]"
+	@command -v chromium >/dev/null || apt-get install --yes --quiet chromium
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/acceptance
 
 lint: $(INSTALLED) ## ruff, mypy --strict, import rules
 	$(BIN)/ruff check .
