@@ -1,0 +1,166 @@
+"""Op `tiled_linear`: x · Wᵀ with a weight of 4, 8 or 16 bits, alone, with SwiGLU, or as routed experts.
+
+Shapes: T tokens, K inputs, N outputs, D hidden, F intermediate, A experts a token, R = T·A routed rows.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cuda_kernels.build import Variant
+from cuda_kernels.launch import Argument, Device, check, cuda_device
+from cuda_kernels.tiled import Bits, TiledWeight, unpack_tiled
+
+_PLAIN, _GATED, _WEIGHTED = 0, 1, 2
+_THREADS, _SUMS_STRIDE, _WARPS = 256, 36, 8
+# By tiles of eight rows: chunks in flight a warp, blocks that a multiprocessor's registers hold.
+_STAGES_AND_BLOCKS = {1: (3, 3), 2: (4, 2), 4: (3, 2), 8: (2, 1)}
+# Beyond it, a dequantized copy for the matrix library costs less than streaming the weight for every tile.
+MAX_STREAMED_ROWS = 64
+
+
+def tiled_linear(x_TK: Tensor, weight: TiledWeight) -> Tensor:
+    """x times the weight, transposed: bfloat16 [T, N], or [T, N/2] after SwiGLU of a gated weight."""
+    if not x_TK.is_cuda:
+        return swiglu(x_TK.float() @ unpack_tiled(weight).T, weight).to(x_TK.dtype)
+    device = cuda_device(x_TK.device.index)
+    if x_TK.shape[0] <= MAX_STREAMED_ROWS or weight.scales is None:
+        return launch_tiled_linear(device, x_TK, weight)
+    return swiglu(F.linear(x_TK, launch_untile(device, weight)), weight)
+
+
+def swiglu(y_TN: Tensor, weight: TiledWeight) -> Tensor:
+    """silu(gate) · up of a gated weight's outputs."""
+    if not weight.is_gated:
+        return y_TN
+    gate, up = y_TN.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def launch_tiled_linear(device: Device, x_TK: Tensor, weight: TiledWeight) -> Tensor:
+    """The same by the kernel that streams the weight."""
+    num_tokens = x_TK.shape[0]
+    check("x_TK", x_TK, (num_tokens, weight.num_inputs), (torch.bfloat16,))
+    y_TN = x_TK.new_empty((num_tokens, weight.num_features))
+    if num_tokens:
+        token_tiles = choose_token_tiles(num_tokens)
+        grid = weight.num_pairs, -(-num_tokens // (8 * token_tiles))
+        rows: list[Argument] = [num_tokens, None, 0, None, None]
+        _launch(
+            device, weight, _GATED if weight.is_gated else _PLAIN, token_tiles, grid, x_TK, rows, y_TN, None
+        )
+    return y_TN
+
+
+def launch_untile(device: Device, weight: TiledWeight) -> Tensor:
+    """The weight as bfloat16 [N, K], every product level · scale rounded."""
+    out_NK = torch.empty(
+        (weight.num_outputs, weight.num_inputs), dtype=torch.bfloat16, device=weight.tiles.device
+    )
+    half = weight.num_features if weight.is_gated else 0
+    grid = weight.num_pairs, -(-weight.num_chunks // 8)
+    arguments: list[Argument] = [weight.tiles, weight.scales, out_NK, weight.num_pairs, weight.num_chunks]
+    arguments += [weight.num_outputs, weight.num_inputs, half]
+    device.launch(Variant("untile", (("BITS", weight.bits),)), "untile", grid, 256, 0, arguments)
+    return out_NK
+
+
+def moe_tiled(
+    hidden_TD: Tensor,
+    expert_ids_TA: Tensor,
+    expert_weights_TA: Tensor,
+    up_gate: TiledWeight,
+    down: TiledWeight,
+) -> Tensor:
+    """Σ over a token's experts of weight · down(silu(gate(x)) · up(x)): bfloat16 [T, D]."""
+    if hidden_TD.is_cuda:
+        device = cuda_device(hidden_TD.device.index)
+        return launch_moe_tiled(device, hidden_TD, expert_ids_TA, expert_weights_TA, up_gate, down)
+    out_TD = torch.zeros(hidden_TD.shape, dtype=torch.float32)
+    for expert in expert_ids_TA.unique().tolist():
+        token, slot = (expert_ids_TA == expert).nonzero(as_tuple=True)
+        inner = swiglu(hidden_TD[token].float() @ unpack_tiled(up_gate, expert).T, up_gate)
+        y = inner.to(hidden_TD.dtype).float() @ unpack_tiled(down, expert).T
+        out_TD.index_add_(0, token, y * expert_weights_TA[token, slot].unsqueeze(1))
+    return out_TD.to(hidden_TD.dtype)
+
+
+def launch_moe_tiled(
+    device: Device,
+    hidden_TD: Tensor,
+    ids_TA: Tensor,
+    weights_TA: Tensor,
+    up_gate: TiledWeight,
+    down: TiledWeight,
+) -> Tensor:
+    """The same by the kernels: sort, up and gate with SwiGLU, down, combine; no synchronisation."""
+    (num_tokens, width), (num_routed, activated) = hidden_TD.shape, (ids_TA.numel(), ids_TA.shape[1])
+    check("hidden_TD", hidden_TD, (num_tokens, up_gate.num_inputs), (torch.bfloat16,))
+    check("expert_ids_TA", ids_TA, (num_tokens, None), (torch.int32,))
+    check("expert_weights_TA", weights_TA, (num_tokens, activated), (torch.float32,))
+    out_TD, h_RF = torch.empty_like(hidden_TD), hidden_TD.new_empty((num_routed, up_gate.num_features))
+    if num_tokens == 0:
+        return out_TD
+    y_RD = h_RF.new_empty((num_routed, width), dtype=torch.float32)
+    token_tiles = choose_token_tiles(min(num_tokens, -(-2 * num_routed // up_gate.num_experts)))
+    sorted_R, tiles, num_tiles = _sort(device, ids_TA, up_gate.num_experts, 8 * token_tiles)
+    for weight, kind, x, y, divisor in (
+        (up_gate, _GATED, hidden_TD, h_RF, activated),
+        (down, _WEIGHTED, h_RF, y_RD, 0),
+    ):
+        rows: list[Argument] = [num_routed, sorted_R, divisor, tiles, num_tiles]
+        grid = weight.num_pairs, len(tiles)
+        _launch(device, weight, kind, token_tiles, grid, x, rows, y, weights_TA)
+    combine: list[Argument] = [y_RD, out_TD, width, activated]
+    device.launch(Variant("routing"), "combine", (num_tokens, -(-width // 1024)), 256, 0, combine)
+    return out_TD
+
+
+def _sort(device: Device, ids_TA: Tensor, num_experts: int, tile_rows: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Routed rows by expert: (token·A + slot of each [R], tiles (expert, first, rows, -), how many)."""
+    num_routed = ids_TA.numel()
+    max_tiles = min(num_routed, num_experts + num_routed // tile_rows)
+    sorted_R, scratch_R = ids_TA.new_empty(num_routed), ids_TA.new_empty(num_routed)
+    tiles, num_tiles = ids_TA.new_empty((max_tiles, 4)), ids_TA.new_empty(1)
+    arguments: list[Argument] = [ids_TA, num_routed, num_experts, tile_rows, None, 0]
+    arguments += [sorted_R, tiles, num_tiles, None, scratch_R]
+    device.launch(Variant("routing"), "dispatch", (1, 1), 1024, (33 * num_experts + 1) * 4, arguments)
+    return sorted_R, tiles, num_tiles
+
+
+def choose_token_tiles(num_rows: int) -> int:
+    """The smallest tile, in eights, that holds that many rows; at most eight."""
+    return next((tiles for tiles in _STAGES_AND_BLOCKS if num_rows <= 8 * tiles), 8)
+
+
+def variants() -> list[Variant]:
+    """Every kernel that these ops may ask for."""
+    bits: tuple[Bits, ...] = (4, 8, 16)
+    shapes = [(b, tiles, kind) for b in bits for tiles in _STAGES_AND_BLOCKS for kind in (0, 1, 2)]
+    return [_variant(*shape) for shape in shapes] + [Variant("untile", (("BITS", b),)) for b in (4, 8)]
+
+
+def _variant(bits: Bits, token_tiles: int, kind: int) -> Variant:
+    stages, blocks = _STAGES_AND_BLOCKS[token_tiles]
+    defines = {"BITS": bits, "TOKEN_TILES": token_tiles, "OUTPUT": kind, "STAGES": stages, "BLOCKS": blocks}
+    return Variant("tiled_linear", tuple(defines.items()))
+
+
+def _launch(
+    device: Device,
+    weight: TiledWeight,
+    kind: int,
+    token_tiles: int,
+    grid: tuple[int, int],
+    x: Tensor,
+    rows: list[Argument],
+    y: Tensor,
+    expert_weights: Tensor | None,
+) -> None:
+    arguments: list[Argument] = [weight.tiles, weight.scales, weight.num_pairs, weight.num_chunks]
+    arguments += [x, weight.num_inputs, *rows, y, expert_weights, weight.num_features]
+    shared_bytes = _WARPS * 8 * token_tiles * _SUMS_STRIDE * 4
+    variant = _variant(weight.bits, token_tiles, kind)
+    device.launch(variant, "tiled_linear", grid, _THREADS, shared_bytes, arguments)

@@ -1,0 +1,98 @@
+"""Weights of 4, 8 and 16 bits: packing, and the streaming kernels on the host emulator against the oracle."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from cuda_kernels import tiled_linear as op
+from cuda_kernels.tiled import Bits, TiledWeight, pack_tiled, stack_tiled, unpack_tiled
+from tests.cuda_kernels.emulator.emulator import Emulator
+
+BITS: tuple[Bits, ...] = (4, 8, 16)
+
+
+def stored(num_outputs: int, num_inputs: int, bits: Bits) -> tuple[Tensor, Tensor | None]:
+    """Every level a format has, or bfloat weights."""
+    if bits == 16:
+        return torch.randn(num_outputs, num_inputs).bfloat16() * num_inputs**-0.5, None
+    limit = 2 ** (bits - 1) - 1
+    levels = torch.randint(-limit, limit + 1, (num_outputs, num_inputs), dtype=torch.int8)
+    return levels, (torch.rand(num_outputs) / limit * num_inputs**-0.5).bfloat16()
+
+
+def weight(num_outputs: int, num_inputs: int, bits: Bits, is_gated: bool = False) -> TiledWeight:
+    levels, scale = stored(num_outputs, num_inputs, bits)
+    return pack_tiled(levels, scale, bits=bits, is_gated=is_gated)
+
+
+def relative_error(out: Tensor, expected: Tensor) -> float:
+    return float((out.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("is_gated", [False, True])
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(32, 64), (44, 72), (104, 200)])
+def test_unpacking_gives_the_stored_weight(
+    bits: Bits, is_gated: bool, num_outputs: int, num_inputs: int
+) -> None:
+    levels, scale = stored(num_outputs, num_inputs, bits)
+    packed = pack_tiled(levels, scale, bits=bits, is_gated=is_gated)
+    expected = levels.float() if scale is None else levels.float() * scale.float().unsqueeze(1)
+    assert torch.equal(unpack_tiled(packed), expected)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(
+    ("num_tokens", "num_outputs", "num_inputs", "is_gated"),
+    [(0, 32, 64, False), (1, 44, 576, False), (3, 64, 200, True), (9, 32, 640, True), (70, 32, 136, False)],
+)
+def test_kernel_agrees_with_the_oracle(
+    bits: Bits, num_tokens: int, num_outputs: int, num_inputs: int, is_gated: bool, emulator: Emulator
+) -> None:
+    packed, x = (
+        weight(num_outputs, num_inputs, bits, is_gated),
+        torch.randn(num_tokens, num_inputs).bfloat16(),
+    )
+    out = op.launch_tiled_linear(emulator, x, packed)
+    assert out.shape == (num_tokens, packed.num_features)
+    assert relative_error(out, op.tiled_linear(x, packed)) < 2e-3
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("is_gated", [False, True])
+def test_dequantizing_kernel_rounds_as_the_checkpoint_s_reader(
+    bits: Bits, is_gated: bool, emulator: Emulator
+) -> None:
+    packed = weight(88, 200, bits, is_gated)
+    assert torch.equal(op.launch_untile(emulator, packed), unpack_tiled(packed).bfloat16())
+
+
+def experts(count: int, hidden: int, inner: int, bits: Bits) -> tuple[TiledWeight, TiledWeight]:
+    up_gate = stack_tiled([weight(2 * inner, hidden, bits, True) for _ in range(count)])
+    return up_gate, stack_tiled([weight(hidden, inner, bits) for _ in range(count)])
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("num_tokens", "count", "activated"), [(0, 4, 2), (1, 4, 2), (5, 6, 3), (21, 2, 2)])
+def test_experts_agree_with_the_oracle(
+    bits: Bits, num_tokens: int, count: int, activated: int, emulator: Emulator
+) -> None:
+    up_gate, down = experts(count, 136, 72, bits)
+    hidden = torch.randn(num_tokens, 136).bfloat16()
+    ids = torch.rand(num_tokens, count).argsort(1)[:, :activated].int().contiguous()
+    weights = torch.rand(ids.shape)
+    out = op.launch_moe_tiled(emulator, hidden, ids, weights, up_gate, down)
+    assert relative_error(out, op.moe_tiled(hidden, ids, weights, up_gate, down)) < 3e-3
+
+
+def test_a_row_s_result_does_not_depend_on_its_neighbours(emulator: Emulator) -> None:
+    packed, x = weight(32, 200, 8), torch.randn(9, 200).bfloat16()
+    together = op.launch_tiled_linear(emulator, x, packed)
+    assert torch.equal(op.launch_tiled_linear(emulator, x[3:4], packed), together[3:4])
+
+
+def test_wrong_sizes_are_named(emulator: Emulator) -> None:
+    with pytest.raises(ValueError, match="weight: 12 inputs, the kernel needs a multiple of 8"):
+        weight(32, 12, 8)
+    with pytest.raises(ValueError, match=r"x_TK: expected contiguous bfloat16 \[2, 64\]"):
+        op.launch_tiled_linear(emulator, torch.zeros(2, 72).bfloat16(), weight(32, 64, 8))
