@@ -24,6 +24,7 @@ from gpu_worker.model.errors import CheckpointError, ConfigError
 from gpu_worker.registration import Registrar
 from gpu_worker.servicer import WorkerServicer
 from gpu_worker.settings import WorkerSettings
+from gpu_worker.structured import load_grammars
 from protos.rpc.errors import FatalError, StartupError
 from protos.rpc.process import Shutdown, run_service
 from protos.rpc.server import GrpcServer, Service
@@ -76,7 +77,7 @@ def build(settings: WorkerSettings) -> BuiltEngine:
     """The engine that the flags ask for; logs what it found."""
     try:
         args = EngineArgs(**{field.name: getattr(settings, field.name) for field in fields(EngineArgs)})
-        built = build_engine(args, progress=LoadProgress())
+        built = build_engine(args, LoadProgress(), load_grammars)
     except EngineArgsError as error:
         raise StartupError(
             f"--{str(error).replace(error.field, error.field.replace('_', '-'), 1)}"

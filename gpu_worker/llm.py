@@ -16,13 +16,16 @@ from typing import Any
 
 from tqdm import tqdm
 
+from gpu_worker.config import ModelConfig
 from gpu_worker.engine.build import build_engine
 from gpu_worker.engine.errors import RequestError
+from gpu_worker.engine.grammars import Grammars
 from gpu_worker.engine.sequence import Request
 from gpu_worker.llm_arguments import read_arguments
-from gpu_worker.llm_completions import PendingRequest
+from gpu_worker.llm_completions import PendingRequest, spell_bad_words
 from gpu_worker.outputs import RequestOutput
 from gpu_worker.sampling_params import SamplingParams
+from gpu_worker.structured import make_grammars
 from tokenizer_svc.tokenizer import Tokenizer, load_tokenizer
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -60,7 +63,7 @@ class LLM:
         args, notes = read_arguments(model, keywords)
         self._tokenizer = None if skip_tokenizer_init else load_tokenizer(tokenizer or model, chat_template)
         with _loading_bar(str(model)) as progress:
-            built = build_engine(args, progress)
+            built = build_engine(args, progress, self._make_grammars)
         for line in (*built.description, *notes):
             logger.info(line)
         self._engine = built.engine
@@ -110,6 +113,9 @@ class LLM:
         ]
         return self._run(list(inputs), _spread(sampling_params, len(inputs)), use_tqdm)
 
+    def _make_grammars(self, model: ModelConfig) -> Grammars:
+        return make_grammars(model, lambda path: self.get_tokenizer())
+
     def _read_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """The text, if there is one, and the token ids."""
         if isinstance(prompt, Mapping):
@@ -142,8 +148,8 @@ class LLM:
         return [request.result for request in pending.values()]
 
     def _add(self, position: int, token_ids: list[int], params: SamplingParams) -> Request:
-        if params.stop:
-            self.get_tokenizer()
+        if params.stop or params.bad_words:
+            params = spell_bad_words(params, self.get_tokenizer())
         self._num_requests += 1
         name = f"llm-{self._num_requests}"
         request = Request(name, token_ids, params, arrival_time=time.monotonic())

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from gpu_worker.engine.sequence import Request, StepOutput
 from gpu_worker.outputs import CompletionOutput, CompletionOutputs, RequestOutput, read_logprobs
+from gpu_worker.sampling_params import SamplingParams
 from tokenizer_svc.detokenizer import IncrementalDetokenizer, Piece
 from tokenizer_svc.tokenizer import Tokenizer
+
+
+def spell_bad_words(params: SamplingParams, tokenizer: Tokenizer) -> SamplingParams:
+    """The parameters with each bad word as runs of tokens: as it begins a text, and after a space."""
+    texts = [space + word.lstrip() for word in params.bad_words for space in ("", " ")]
+    runs = [tuple(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+    spelled = dict.fromkeys((*params.bad_words_token_ids, *filter(None, runs)))
+    return replace(params, bad_words=(), bad_words_token_ids=tuple(spelled))
 
 
 class PendingRequest:
@@ -61,6 +72,8 @@ class PendingRequest:
         result = self.result
         if output.index == 0:
             result.num_cached_tokens = output.num_cached_tokens
+        if output.prompt_logprobs is not None:
+            result.prompt_logprobs = [None, *read_logprobs(output.prompt_logprobs)]
         if output.timings is not None:
             result.metrics = output.timings
         if output.error is not None:

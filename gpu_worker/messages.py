@@ -116,10 +116,12 @@ WRITERS: Mapping[str, Callable[[Any], Any]] = {
 
 
 def prompt_info(output: StepOutput, params: common_pb2.SamplingParams) -> worker_pb2.GenerateResponse:
+    scored = [_position(position) for position in output.prompt_logprobs or ()]
     info = worker_pb2.PromptInfo(
         prompt_tokens=output.num_prompt_tokens,
         cached_tokens=output.num_cached_tokens,
         effective_params=params,
+        prompt_logprobs=scored,
     )
     return worker_pb2.GenerateResponse(prompt_info=info)
 
@@ -128,7 +130,7 @@ def responses(output: StepOutput) -> Iterator[worker_pb2.GenerateResponse]:
     """The delta of an output if it has tokens, then the finish if it is the last."""
     if output.token_ids:
         logprobs = [_position(position) for position in output.logprobs or ()]
-        delta = worker_pb2.Delta(token_ids=output.token_ids, logprobs=logprobs)
+        delta = worker_pb2.Delta(token_ids=output.token_ids, logprobs=logprobs, index=output.index)
         yield worker_pb2.GenerateResponse(delta=delta)
     if output.finish_reason is not None:
         yield worker_pb2.GenerateResponse(finish=_finish(output))
@@ -152,6 +154,7 @@ def _finish(output: StepOutput) -> worker_pb2.Finish:
         stop_token_id=output.stop_token_id,
         usage=usage,
         timings=timings,
+        index=output.index,
     )
 
 

@@ -43,12 +43,16 @@ class CompletionOutputs(list[CompletionOutput]):
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A prompt and its completions; `error_code` is 200, or 500 and `error_msg` says why."""
+    """A prompt and its completions; `error_code` is 200, or 500 and `error_msg` says why.
+
+    `prompt_logprobs` has an entry for each prompt token; the first is None, for nothing comes before it.
+    """
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: CompletionOutputs
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     finished: bool = False
     metrics: Timings | None = None
     num_cached_tokens: int = 0

@@ -1,6 +1,6 @@
-"""The face of the project: `from wint2 import LLM, SamplingParams`.
+"""The face of the project: `from wint2 import LLM, SamplingParams, StructuredOutput`.
 
-Both are imported when first asked for, so that the services and the command line, which live in this
+They are imported when first asked for, so that the services and the command line, which live in this
 distribution too, never load torch for them.
 """
 
@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gpu_worker.llm import LLM
-    from gpu_worker.sampling_params import SamplingParams
+    from gpu_worker.sampling_params import SamplingParams, StructuredOutput
 
-__all__ = ["LLM", "SamplingParams"]
+__all__ = ["LLM", "SamplingParams", "StructuredOutput"]
 
-_HOMES = {"LLM": "gpu_worker.llm", "SamplingParams": "gpu_worker.sampling_params"}
+_HOMES = {
+    "LLM": "gpu_worker.llm",
+    "SamplingParams": "gpu_worker.sampling_params",
+    "StructuredOutput": "gpu_worker.sampling_params",
+}
 
 
 def __getattr__(name: str) -> Any:

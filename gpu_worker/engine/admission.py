@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import chain
 
 from gpu_worker.config import EngineConfig
 from gpu_worker.engine.errors import ContextLengthError, RequestError
@@ -16,13 +17,7 @@ def check_request(request: Request, config: EngineConfig) -> None:
     _check_ids("stop_token_ids", params.stop_token_ids, vocab_size)
     _check_ids("logit_bias", params.logit_bias, vocab_size)
     _check_ids("allowed_token_ids", params.allowed_token_ids, vocab_size)
-    for run in params.bad_words_token_ids:
-        _check_ids("bad_words_token_ids", run, vocab_size)
-    for name in ("bad_words", "bad_words_token_ids", "allowed_token_ids", "structured_output"):
-        if getattr(params, name):
-            raise RequestError(name, "is not supported")
-    if params.prompt_logprobs is not None:
-        raise RequestError("prompt_logprobs", "is not supported")
+    _check_ids("bad_words_token_ids", chain.from_iterable(params.bad_words_token_ids), vocab_size)
     if not request.prompt_token_ids:
         raise RequestError("prompt", "must hold at least one token")
     _check_length(request, config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 
@@ -13,12 +14,13 @@ from gpu_worker.engine.cuda_graphs import CudaCapture, DecodeGraphs
 from gpu_worker.engine.devices import DeviceChoice, choose_device, choose_dtype
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.errors import EngineArgsError
+from gpu_worker.engine.grammars import Grammars
 from gpu_worker.engine.memory import GIB, cpu_cache_bytes, cuda_cache_bytes, kv_block_bytes, plan_cache
 from gpu_worker.engine.profiling import measure_activation_bytes
 from gpu_worker.layers.kv_cache import KVCache
 from gpu_worker.model.config_reader import read_model_config
 from gpu_worker.model.decoder import Decoder
-from gpu_worker.model.loader import load_model
+from gpu_worker.model.loader import LoadFormat, load_model
 
 Progress = Callable[[int, int], None]
 
@@ -30,7 +32,7 @@ class EngineArgs:
     model: Path
     device: str = "auto"
     dtype: str = "auto"
-    load_format: str = "auto"
+    load_format: LoadFormat = "auto"
     tensor_parallel_size: int = 1
     max_model_len: int | None = None
     max_num_seqs: int = 256
@@ -50,6 +52,9 @@ class EngineArgs:
                 "tensor_parallel_size",
                 f"must be 1: a worker runs the model on one device, got {self.tensor_parallel_size}",
             )
+        if self.load_format not in get_args(LoadFormat):
+            wanted = " or ".join(get_args(LoadFormat))
+            raise EngineArgsError("load_format", f"must be {wanted}, got {self.load_format!r}")
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
             if getattr(self, name) < 1:
                 raise EngineArgsError(name, f"must be at least 1, got {getattr(self, name)}")
@@ -74,15 +79,26 @@ class BuiltEngine:
         return self.engine.config
 
 
-def build_engine(args: EngineArgs, progress: Progress | None = None) -> BuiltEngine:
+def build_engine(
+    args: EngineArgs,
+    progress: Progress | None = None,
+    make_grammars: Callable[[ModelConfig], Grammars] | None = None,
+) -> BuiltEngine:
     """Loads the model and makes an engine. Raises ConfigError, CheckpointError or EngineArgsError.
 
-    `progress` is called with the bytes of weights read so far and in all.
+    `progress` is called with the bytes of weights read so far and in all. Without grammars, requests for
+    structured output are refused.
     """
     choice = choose_device(args.device)
     dtype = choose_dtype(args.dtype, choice.device)
     model_config = read_model_config(args.model)
-    model = load_model(model_config, device=choice.device, dtype=dtype, progress=progress)
+    model = load_model(
+        model_config,
+        device=choice.device,
+        dtype=dtype,
+        progress=progress,
+        load_format=args.load_format,
+    )
     config = _plan(args, model_config, choice.device, dtype, model)
     cache = config.cache
     kv_cache = KVCache(
@@ -94,7 +110,8 @@ def build_engine(args: EngineArgs, progress: Progress | None = None) -> BuiltEng
         cache.dtype,
         choice.device,
     )
-    engine = Engine(config, model, kv_cache, _capture_graphs(config, model, kv_cache))
+    grammars = make_grammars(model_config) if make_grammars else None
+    engine = Engine(config, model, kv_cache, _capture_graphs(config, model, kv_cache), grammars)
     return BuiltEngine(engine, model, tuple(_describe(args, config, choice, model, kv_cache)))
 
 

@@ -9,6 +9,7 @@ import heapq
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -18,12 +19,15 @@ from gpu_worker.engine.admission import check_request, longest_total
 from gpu_worker.engine.batch_builder import BatchBuilder
 from gpu_worker.engine.block_manager import BlockManager
 from gpu_worker.engine.errors import RequestError
+from gpu_worker.engine.grammars import Constraint, Grammars
+from gpu_worker.engine.logprobs import PromptScorer
 from gpu_worker.engine.runner import Graphs, Model, ModelRunner
 from gpu_worker.engine.sampler import Sampler, Samples
 from gpu_worker.engine.scheduler import ScheduledStep, Scheduler
 from gpu_worker.engine.sequence import FinishReason, Request, Sequence, StepOutput, Timings
 from gpu_worker.engine.sequence_table import SequenceTable
 from gpu_worker.layers.kv_cache import KVCache
+from gpu_worker.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +56,7 @@ class Engine:
         model: Model,
         kv_cache: KVCache,
         graphs: Graphs | None = None,
+        grammars: Grammars | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         limits, cache = config.scheduler, config.cache
@@ -63,7 +68,11 @@ class Engine:
         self._scheduler = Scheduler(limits, self._blocks, self._table, share_prefixes=share)
         self._batches = BatchBuilder(self._table, config.device)
         self._runner = ModelRunner(model, kv_cache, graphs)
-        self._sampler = Sampler(self._table, limits.max_num_seqs, config.model.vocab_size, config.device)
+        self._scorer = PromptScorer(self._table, model.logits)
+        self._grammars = grammars
+        self._sampler = Sampler(
+            self._table, limits.max_num_seqs, config.model.vocab_size, config.device, grammars
+        )
         self._random = np.random.default_rng(config.seed)
         self._live: dict[str, list[Sequence]] = {}
         self._deadlines: list[tuple[float, int, Request]] = []
@@ -89,6 +98,17 @@ class Engine:
         self._scheduler.add(sequences[0])
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, self._num_requests, request))
+
+    def compile(self, params: SamplingParams) -> Constraint | None:
+        """The constraint of structured output, or None. Slow the first time; any thread may call it.
+
+        Raises RequestError if the form cannot be followed.
+        """
+        if params.structured_output is None:
+            return None
+        if self._grammars is None:
+            raise RequestError("structured_output", "needs the model's tokenizer, which is not loaded")
+        return self._grammars.compile(params.structured_output)
 
     def abort(self, request_id: str, index: int | None = None) -> bool:
         """Ends a request, or only its completion of that index once that has begun; False if there is none.
@@ -152,12 +172,14 @@ class Engine:
                 max_total_tokens=longest_total(request, self.config),
                 stop_ids=(*eos, *params.stop_token_ids),
                 token_ids=np.array(request.prompt_token_ids, np.int32),
+                constraint=self.compile(params),
             )
             for index in range(params.n)
         ]
 
     def _take_up(self, sequence: Sequence) -> None:
         self._sampler.attach(sequence)
+        self._scorer.add(sequence)
         if sequence.first_scheduled_time is None:
             sequence.first_scheduled_time = self._clock()
             if sequence.index == 0:
@@ -166,7 +188,10 @@ class Engine:
     def _run(self, step: ScheduledStep) -> Samples:
         batch = self._batches.build(step)
         sampled = None if step.is_sampled.all() else torch.from_numpy(np.flatnonzero(step.is_sampled))
-        logits_SV = self._runner.run(batch, sampled)
+        self._sampler.prepare(step.sampled_rows)
+        stretches = self._scorer.find(step)
+        read_hidden = partial(self._scorer.score, stretches) if stretches else None
+        logits_SV = self._runner.run(batch, sampled, read_hidden)
         samples = self._sampler.sample(logits_SV, step.sampled_rows)
         self._num_steps += 1
         return samples
@@ -182,36 +207,35 @@ class Engine:
         for position, logprobs in samples.logprobs.items():
             outputs[position].logprobs = [logprobs]
         for position in np.flatnonzero(counts == 1).tolist():
-            self._begin(sequences[position])
+            self._begin(sequences[position], outputs[position])
         is_stop = table.hits_stop(rows, samples.token_ids)
-        for position in np.flatnonzero((is_stop | table.hits_limit(rows)) & ~samples.is_poisoned).tolist():
-            self._finish(sequences[position], outputs[position], is_stop=bool(is_stop[position]))
-        for position in np.flatnonzero(samples.is_poisoned).tolist():
-            self._fail(sequences[position], outputs[position])
+        is_end = is_stop | samples.is_complete
+        for position in np.flatnonzero(is_end | table.hits_limit(rows)).tolist():
+            if is_stop[position]:
+                outputs[position].stop_token_id = int(samples.token_ids[position])
+            if position not in samples.errors:
+                self._remove(sequences[position], outputs[position], "stop" if is_end[position] else "length")
+        for position, error in samples.errors.items():
+            self._fail(sequences[position], outputs[position], error)
         self._num_generation_tokens += len(outputs)
         self._outputs += outputs
 
-    def _begin(self, sequence: Sequence) -> None:
+    def _begin(self, sequence: Sequence, output: StepOutput) -> None:
         """Notes the first token; the prompt's blocks are known now, for the other completions to share."""
         sequence.first_token_time = self._clock()
         if sequence.index == 0:
+            output.prompt_logprobs = sequence.prompt_logprobs or None
             for sibling in self._live[sequence.request.request_id][1:]:
                 self._scheduler.add(sibling)
 
-    def _finish(self, sequence: Sequence, output: StepOutput, *, is_stop: bool) -> None:
-        output.stop_token_id = output.token_ids[-1] if is_stop else None
-        self._remove(sequence, output, "stop" if is_stop else "length")
-
-    def _fail(self, sequence: Sequence, output: StepOutput) -> None:
+    def _fail(self, sequence: Sequence, output: StepOutput, error: str) -> None:
         """Ends a poisoned request, and it alone; what it wrote to the KV cache is not to be found again."""
         if sequence.row is None:  # a sibling has ended the whole request in this very step
             return
         self._blocks.forget(self._table.blocks_of(sequence.row))
-        output.token_ids, output.logprobs = [], None
+        output.token_ids, output.logprobs, output.stop_token_id = [], None, None
         output.num_completion_tokens -= 1
-        output.error = (
-            "the model gave no finite probability to any allowed token (NaN, or everything was forbidden)"
-        )
+        output.error = error
         self._remove(sequence, output, "error")
         self._end(sequence.request.request_id, "error", output.error)
 

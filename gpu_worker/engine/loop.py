@@ -116,6 +116,8 @@ class EngineLoop:
         """
         if self._is_draining:
             raise EngineDrainingError("the engine is draining and takes no new requests")
+        if request.params.structured_output is not None:
+            await asyncio.to_thread(self._engine.compile, request.params)
         mailbox = Mailbox(request.params.n)
         fail = _on_loop(mailbox.loop, mailbox.fail)
         self._post(lambda: self._add(request, mailbox, fail), fail)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -40,10 +41,21 @@ class ModelRunner:
         self._kv_cache = kv_cache
         self._graphs = graphs
 
-    def run(self, batch: Batch, sampled: torch.Tensor | None) -> torch.Tensor:
-        """float32 logits [S, V] of the sequences' last new tokens, or of those at the `sampled` positions."""
-        if self._graphs is not None and sampled is None and self._graphs.can_run(batch):
+    def run(
+        self,
+        batch: Batch,
+        sampled: torch.Tensor | None,
+        read_hidden: Callable[[torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:
+        """float32 logits [S, V] of the sequences' last new tokens, or of those at the `sampled` positions.
+
+        `read_hidden` is shown the hidden states [T, D] of all tokens.
+        """
+        is_plain = sampled is None and read_hidden is None
+        if self._graphs is not None and is_plain and self._graphs.can_run(batch):
             return self._graphs.run(batch)
         hidden_TD = self._model.forward(batch, self._kv_cache)
+        if read_hidden is not None:
+            read_hidden(hidden_TD)
         rows = batch.sample_rows_S if sampled is None else batch.sample_rows_S[sampled]
         return self._model.logits(hidden_TD[rows])

@@ -15,11 +15,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from gpu_worker.engine.forbidden import ForbiddenTokens
+from gpu_worker.engine.grammars import Grammars
 from gpu_worker.engine.logprobs import LogprobReader
 from gpu_worker.engine.penalties import TokenCounts
 from gpu_worker.engine.sampling_ops import draw_filtered, draw_plain, uniforms
 from gpu_worker.engine.sequence import PositionLogprobs, Sequence
 from gpu_worker.engine.sequence_table import Rows, SequenceTable
+from gpu_worker.engine.structure import TokenMasks
 from gpu_worker.sampling_params import SamplingParams
 
 _COLUMNS = {
@@ -36,13 +39,22 @@ _FILTER_COLUMNS = ("temperature", "top_k", "top_p", "min_p")
 _PENALTY_COLUMNS = ("repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
+_NOTHING_FINITE = (
+    "the model gave no finite probability to any allowed token (NaN, or everything was forbidden)"
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Token ids [S]; those `is_poisoned` mean nothing: the logits held NaN or left no token to choose."""
+    """Token ids [S], and by position in S what is to be said of some of them.
+
+    Those in `errors` mean nothing; those `is_complete` end a structured text that nothing can follow.
+    """
 
     token_ids: Rows
-    is_poisoned: NDArray[np.bool_]
-    logprobs: dict[int, PositionLogprobs]  # by position in S, for those who asked
+    is_complete: NDArray[np.bool_]
+    errors: dict[int, str]
+    logprobs: dict[int, PositionLogprobs]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +66,8 @@ class _Plan:
     filtered: torch.Tensor
     penalised: torch.Tensor
     biased: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # position, token id, value
+    forbidden: ForbiddenTokens
+    structured: Rows
     with_logprobs: Rows
     columns: dict[str, torch.Tensor]  # [S] each
     rows_S: torch.Tensor
@@ -63,9 +77,15 @@ class Sampler:
     """Owns the sampling parameters of the running sequences."""
 
     def __init__(
-        self, table: SequenceTable, max_num_seqs: int, vocab_size: int, device: torch.device
+        self,
+        table: SequenceTable,
+        max_num_seqs: int,
+        vocab_size: int,
+        device: torch.device,
+        grammars: Grammars | None = None,
     ) -> None:
         self._table = table
+        self._vocab_size = vocab_size
         self._device = device
         self._params: list[SamplingParams] = [SamplingParams()] * max_num_seqs
         self._columns = {name: np.zeros(max_num_seqs, dtype) for name, dtype in _COLUMNS.items()}
@@ -74,8 +94,10 @@ class Sampler:
         self._is_filtered = np.zeros(max_num_seqs, np.bool_)
         self._is_penalised = np.zeros(max_num_seqs, np.bool_)
         self._is_biased = np.zeros(max_num_seqs, np.bool_)
+        self._is_structured = np.zeros(max_num_seqs, np.bool_)
         self._num_logprobs = np.full(max_num_seqs, -1, np.int64)
         self._counts = TokenCounts(max_num_seqs, vocab_size, device)
+        self._masks = TokenMasks(table, vocab_size, grammars)
         self._cached_plan: _Plan | None = None
 
     def attach(self, sequence: Sequence) -> None:
@@ -90,13 +112,19 @@ class Sampler:
         self._is_filtered[row] = not params.is_greedy and params.is_filtered
         self._is_penalised[row] = params.is_penalised
         self._is_biased[row] = bool(params.logit_bias)
+        self._is_structured[row] = sequence.constraint is not None
         self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         if params.is_penalised:
             self._counts.set_row(row, sequence)
         self._cached_plan = None
 
+    def prepare(self, rows: Rows) -> None:
+        """Does what can be done for the next `sample` while the model runs."""
+        plan = self._plan(rows)
+        self._masks.start(rows, plan.structured)
+
     def sample(self, logits_SV: torch.Tensor, rows: Rows) -> Samples:
-        """Draws a token for each of the rows. float32 logits; edits them in place."""
+        """Draws a token for each of the rows, as prepared. float32 logits; edits them in place."""
         plan = self._plan(rows)
         logprobs = LogprobReader(logits_SV, plan.with_logprobs) if len(plan.with_logprobs) else None
         self._edit(logits_SV, plan)
@@ -105,8 +133,11 @@ class Sampler:
         self._count(token_ids_S, plan)
         token_ids = token_ids_S.numpy(force=True)
         is_poisoned = ~np.isfinite(peaks_S.numpy(force=True))
+        is_complete = np.zeros(len(rows), np.bool_)
+        errors = dict.fromkeys(np.flatnonzero(is_poisoned).tolist(), _NOTHING_FINITE)
+        self._advance(token_ids, is_complete, errors)
         wanted = self._num_logprobs[rows]
-        return Samples(token_ids, is_poisoned, logprobs.read(token_ids, wanted) if logprobs else {})
+        return Samples(token_ids, is_complete, errors, logprobs.read(token_ids, wanted) if logprobs else {})
 
     def _edit(self, logits_SV: torch.Tensor, plan: _Plan) -> None:
         positions, token_ids, values = plan.biased
@@ -116,15 +147,15 @@ class Sampler:
             at = plan.penalised
             strengths = (plan.columns[name][at] for name in _PENALTY_COLUMNS)
             logits_SV[at] = self._counts.penalise(logits_SV[at], plan.rows_S[at], *strengths)
-        self._forbid_early_stop(logits_SV, plan.rows)
+        plan.forbidden.apply(logits_SV)
+        self._masks.apply(logits_SV)
 
-    def _forbid_early_stop(self, logits_SV: torch.Tensor, rows: Rows) -> None:
-        """No stop token before `min_tokens`."""
-        early = np.flatnonzero(self._table.num_tokens[rows] < self._table.min_total_tokens[rows])
-        if len(early):
-            stop_ids = self._table.stop_ids[rows[early]]
-            position, column = np.nonzero(stop_ids >= 0)
-            logits_SV[self._to(early[position]), self._to(stop_ids[position, column])] = -torch.inf
+    def _advance(self, token_ids: Rows, is_complete: NDArray[np.bool_], errors: dict[int, str]) -> None:
+        """Takes structured texts a token further."""
+        for position, constraint in self._masks.advance(token_ids).items():
+            is_complete[position] = constraint.is_complete
+            if constraint.error is not None:
+                errors[position] = f"structured_output cannot be followed: {constraint.error}"
 
     def _draw(self, logits_SV: torch.Tensor, token_ids_S: torch.Tensor, plan: _Plan) -> None:
         """Replaces the likeliest token by a drawn one in the rows that are not greedy."""
@@ -155,12 +186,15 @@ class Sampler:
 
     def _make_plan(self, rows: Rows) -> _Plan:
         filtered = self._is_filtered[rows]
+        params = [self._params[row] for row in rows.tolist()]
         return _Plan(
             rows=rows,
             plain=self._where(self._is_random[rows] & ~filtered),
             filtered=self._where(filtered),
             penalised=self._where(self._is_penalised[rows]),
             biased=self._biases(rows),
+            forbidden=ForbiddenTokens.of(self._table, rows, params, self._vocab_size, self._device),
+            structured=np.flatnonzero(self._is_structured[rows]),
             with_logprobs=np.flatnonzero(self._num_logprobs[rows] >= 0),
             columns={name: self._to(column[rows]) for name, column in self._columns.items()},
             rows_S=self._to(rows),

@@ -179,7 +179,9 @@ class Scheduler:
             self.num_hit_tokens += num_cached
 
     def _hash_chain(self, sequence: Sequence) -> Iterator[bytes]:
-        """Hashes of a waiting sequence's full blocks, but for its last token, whose logits are needed."""
+        """Hashes of a waiting sequence's full blocks, but for the tokens whose logits are needed."""
+        if sequence.has_unscored_prompt:
+            return
         for i in range((sequence.num_tokens - 1) // self._blocks.block_size):
             yield self._block_hash(sequence, i, sequence.token_ids)
 

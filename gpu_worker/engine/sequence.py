@@ -9,6 +9,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from gpu_worker.engine.grammars import Constraint
 from gpu_worker.sampling_params import SamplingParams
 
 FinishReason = Literal["stop", "length", "aborted", "error"]
@@ -67,6 +68,7 @@ class StepOutput:
     num_completion_tokens: int
     num_cached_tokens: int
     logprobs: list[PositionLogprobs] | None = None
+    prompt_logprobs: list[PositionLogprobs] | None = None  # with the first token of completion 0
     finish_reason: FinishReason | None = None
     stop_token_id: int | None = None
     timings: Timings | None = None
@@ -105,6 +107,15 @@ class Sequence:
     block_hashes: list[bytes] = field(default_factory=list)
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
+    constraint: Constraint | None = None
+    prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
+
+    @property
+    def has_unscored_prompt(self) -> bool:
+        """Whether log-probabilities of the prompt are asked for and not all known; completion 0 has them."""
+        if self.index or self.request.params.prompt_logprobs is None:
+            return False
+        return len(self.prompt_logprobs) < self.num_prompt_tokens - 1
 
     @property
     def num_prompt_tokens(self) -> int:
