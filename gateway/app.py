@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.metadata import version
 from typing import Any
 
@@ -17,8 +18,8 @@ from gateway.edge import Edge
 from gateway.http import OpenAiApi, require_json
 from gateway.http_errors import on_http_error, on_service_error, on_validation_error
 from gateway.metrics import GatewayMetrics
-from gateway.playground import Playground, playground_routes
 from gateway.settings import GatewaySettings
+from gateway.tokenize import Text, TokenizeApi, Tokens
 from protos.rpc.errors import ServiceError
 
 Documented = dict[int | str, dict[str, Any]]
@@ -40,11 +41,7 @@ ERRORS: Documented = {
 
 
 def build_app(
-    api: OpenAiApi,
-    playground: Playground,
-    metrics: GatewayMetrics,
-    keys: ApiKeys,
-    settings: GatewaySettings,
+    routers: Iterable[APIRouter], metrics: GatewayMetrics, keys: ApiKeys, settings: GatewaySettings
 ) -> ASGIApp:
     """Everything between the socket and the handlers."""
     app = FastAPI(
@@ -56,9 +53,8 @@ def build_app(
         redirect_slashes=False,
         strict_content_type=False,
     )
-    app.include_router(openai_routes(api))
-    app.include_router(state_routes(api))
-    app.include_router(playground_routes(playground))
+    for router in routers:
+        app.include_router(router)
     app.add_exception_handler(ServiceError, on_service_error)
     app.add_exception_handler(RequestValidationError, on_validation_error)
     app.add_exception_handler(HTTPException, on_http_error)
@@ -76,24 +72,19 @@ def build_app(
 
 def openai_routes(api: OpenAiApi) -> APIRouter:
     routes = APIRouter(tags=["OpenAI"])
-    routes.add_api_route(
-        "/v1/chat/completions",
-        api.chat_completions,
-        methods=["POST"],
-        dependencies=[Depends(require_json)],
-        responses=streamable(responses.ChatCompletion, responses.ChatCompletionChunk) | ERRORS,
-        response_model=None,
-    )
-    routes.add_api_route(
-        "/v1/completions",
-        api.completions,
-        methods=["POST"],
-        dependencies=[Depends(require_json)],
-        responses=streamable(responses.TextCompletion, responses.TextCompletion) | ERRORS,
-        response_model=None,
-    )
+    chat = streamable(responses.ChatCompletion, responses.ChatCompletionChunk)
+    add_post(routes, "/v1/chat/completions", api.chat_completions, chat)
+    text = streamable(responses.TextCompletion, responses.TextCompletion)
+    add_post(routes, "/v1/completions", api.completions, text)
     add_get(routes, "/v1/models", api.models, responses.ModelList, 401)
     add_get(routes, "/v1/models/{model:path}", api.model, responses.ModelBody, 401, 404)
+    return routes
+
+
+def tokenize_routes(api: TokenizeApi) -> APIRouter:
+    routes = APIRouter(tags=["tokenizer"])
+    add_post(routes, "/tokenize", api.tokenize, {200: {"model": Tokens}})
+    add_post(routes, "/detokenize", api.detokenize, {200: {"model": Text}})
     return routes
 
 
@@ -113,6 +104,17 @@ def state_routes(api: OpenAiApi) -> APIRouter:
         response_model=None,
     )
     return routes
+
+
+def add_post(routes: APIRouter, path: str, handler: Any, success: Documented) -> None:
+    routes.add_api_route(
+        path,
+        handler,
+        methods=["POST"],
+        dependencies=[Depends(require_json)],
+        responses=success | ERRORS,
+        response_model=None,
+    )
 
 
 def add_get(routes: APIRouter, path: str, handler: Any, model: Any, *errors: int) -> None:

@@ -54,6 +54,7 @@ class TokenizerClient:
         self._detokenize = DetokenizeStream(self._stub)
         self._token_texts: dict[int, str] = {}
         self._joint: list[int] | None = None
+        self._chat_template: str | None = None
 
     async def encode(
         self, texts: Sequence[str], *, add_special_tokens: bool, timeout: float
@@ -72,6 +73,20 @@ class TokenizerClient:
         with errors_of("tokenizer"):
             return await self._stub.ApplyChatTemplate(request, timeout=timeout, metadata=outgoing_metadata())
 
+    async def chat_template(self) -> str:
+        """The model's template, "" if it has none. Learned once, until `forget`."""
+        if self._chat_template is None:
+            with errors_of("tokenizer"):
+                info = await self._stub.GetTokenizerInfo(
+                    tokenizer_pb2.GetTokenizerInfoRequest(), timeout=10, metadata=outgoing_metadata()
+                )
+            self._chat_template = info.chat_template
+        return self._chat_template
+
+    def forget(self) -> None:
+        """The tokenizer went away; the one that comes may know other things."""
+        self._chat_template, self._joint, self._token_texts = None, None, {}
+
     def session(self, options: tokenizer_pb2.DetokenizeOptions) -> DetokenizeSession:
         """One completion's way from ids to text."""
         return self._detokenize.session(options)
@@ -84,11 +99,12 @@ class TokenizerClient:
 
     async def token_texts(self, token_ids: Iterable[int]) -> dict[int, str]:
         """Each token's text as it reads inside a line, special tokens spelled out. Learned once an id."""
-        missing = [token_id for token_id in set(token_ids) if token_id not in self._token_texts]
+        known = self._token_texts
+        missing = [token_id for token_id in set(token_ids) if token_id not in known]
         if missing:
             texts = await asyncio.gather(*map(self._decode_inside, missing))
-            self._token_texts.update(zip(missing, texts, strict=True))
-        return self._token_texts
+            known.update(zip(missing, texts, strict=True))
+        return known
 
     async def _decode_inside(self, token_id: int) -> str:
         if self._joint is None:

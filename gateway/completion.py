@@ -50,7 +50,7 @@ class Completion:
 
     def _start(self, info: PromptInfo) -> Started:
         self.usage.prompt_tokens, self.usage.cached_tokens = info.prompt_tokens, info.cached_tokens
-        return Started(self.index, info.prompt_tokens, info.cached_tokens)
+        return Started(self.index, info.prompt_tokens, info.cached_tokens, info.prompt_logprobs)
 
     async def _extend(self, delta: Delta) -> list[Event]:
         token_ids = list(delta.token_ids)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import time
-from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway.access import Access
 from gateway.api_keys import ApiKeys
 from gateway.http_errors import from_service_error, internal_error
 from gateway.metrics import GatewayMetrics
@@ -17,20 +16,10 @@ from protos.rpc.errors import UnauthenticatedError
 from protos.rpc.telemetry import REQUEST_ID_KEY, bind_request_id, request_id_from
 
 logger = logging.getLogger(__name__)
-access_logger = logging.getLogger("gateway.access")
 
 # The rest tells nothing of anybody's and must answer probes that have no key.
 GUARDED = ("/v1/", "/tokenize", "/detokenize")
 QUIET = ("/health", "/metrics", "/status")
-
-
-@dataclass
-class Access:
-    """What the access line says of a request beyond its status; the API fills it in."""
-
-    num_prompt_tokens: int = 0
-    num_completion_tokens: int = 0
-    first_token_at: float | None = None
 
 
 class Edge:
@@ -50,7 +39,6 @@ class Edge:
         request_id = request_id_from(headers.items())
         bind_request_id(request_id)
         reply = _Reply(send, request_id)
-        started = time.perf_counter()
         access = scope.setdefault("state", {})["access"] = Access()
         try:
             await self._handle(scope, _Limited(receive, self._max_body_bytes), reply, headers)
@@ -59,7 +47,7 @@ class Edge:
             if reply.status is None:
                 await internal_error(request_id).response()(scope, receive, reply)
         finally:
-            self._record(scope, reply.status or 499, started, access)
+            self._record(scope, reply.status or 499, access)
 
     async def _handle(self, scope: Scope, receive: Receive, send: Send, headers: Headers) -> None:
         if scope["path"].startswith(GUARDED):
@@ -70,29 +58,12 @@ class Edge:
                 return
         await self._app(scope, receive, send)
 
-    def _record(self, scope: Scope, status: int, started: float, access: Access) -> None:
+    def _record(self, scope: Scope, status: int, access: Access) -> None:
         route = scope.get("route")
         path = getattr(route, "path", "unknown")
         self._metrics.http_requests.labels(path, str(status)).inc()
-        if path.startswith(QUIET):
-            return
-        seconds = time.perf_counter() - started
-        access_logger.info(
-            "%s %s %d %s", scope["method"], scope["path"], status, describe(access, started, seconds)
-        )
-
-
-def describe(access: Access, started: float, seconds: float) -> str:
-    """`1.23 s, 17 + 64 tokens, first after 45 ms, 54.0 tokens/s`"""
-    parts = [f"{seconds:.2f} s"]
-    if access.num_prompt_tokens:
-        parts.append(f"{access.num_prompt_tokens} + {access.num_completion_tokens} tokens")
-    if access.first_token_at is not None:
-        first = access.first_token_at - started
-        parts.append(f"first after {first * 1e3:.0f} ms")
-        if access.num_completion_tokens > 1 and seconds > first:
-            parts.append(f"{(access.num_completion_tokens - 1) / (seconds - first):.1f} tokens/s")
-    return ", ".join(parts)
+        if not path.startswith(QUIET):
+            access.log(f"{scope['method']} {scope['path']}", str(status))
 
 
 class _Reply:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Annotated, Any
 
-from pydantic import Field, JsonValue, ValidationError, WrapValidator
+from pydantic import AfterValidator, Field, JsonValue, ValidationError, WrapValidator
 from pydantic_core import PydanticCustomError
 
 MAX_STOPS = 16
 MAX_DEPTH = 16
+MAX_SCHEMA_DEPTH = 48
+MAX_SCHEMA_CHARS = 65_536
 UINT32_MAX = (1 << 32) - 1
 INT32_MAX = (1 << 31) - 1
 INT64_MAX = (1 << 63) - 1
@@ -44,20 +47,37 @@ def only_neutral(default: str) -> WrapValidator:
 
 def shallow(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
     """Refuses nesting that no template needs and that the wire cannot carry."""
-    if depth(value) > MAX_DEPTH:
-        raise PydanticCustomError(
-            "too_deep", "must not be nested deeper than {limit} levels", {"limit": MAX_DEPTH}
-        )
+    return checked_depth(value, MAX_DEPTH)
+
+
+def small(value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    """Refuses a JSON Schema whose grammar would take long to build."""
+    checked_size(json.dumps(checked_depth(value, MAX_SCHEMA_DEPTH)))
     return value
 
 
-def depth(value: JsonValue) -> int:
+def small_schema(value: dict[str, JsonValue] | str) -> dict[str, JsonValue] | str:
+    """The same for one that may come as text."""
+    return checked_size(value) if isinstance(value, str) else small(value)
+
+
+def checked_size(text: str) -> str:
+    if len(text) > MAX_SCHEMA_CHARS:
+        raise PydanticCustomError(
+            "too_long",
+            "must be no more than {limit} characters of JSON, not {size}",
+            {"limit": MAX_SCHEMA_CHARS, "size": len(text)},
+        )
+    return text
+
+
+def checked_depth(value: dict[str, JsonValue], limit: int) -> dict[str, JsonValue]:
     level: list[JsonValue] = [value]
-    for count in range(MAX_DEPTH + 1):
+    for _ in range(limit + 1):
         level = [child for item in level for child in children(item)]
         if not level:
-            return count
-    return MAX_DEPTH + 1
+            return value
+    raise PydanticCustomError("too_deep", "must not be nested deeper than {limit} levels", {"limit": limit})
 
 
 def children(value: JsonValue) -> list[JsonValue]:
@@ -81,6 +101,12 @@ Prompt = Annotated[
     described_as(
         "a string, a list of strings, a list of token ids or a list of lists of token ids, none empty"
     ),
+]
+JsonSchema = Annotated[dict[str, JsonValue], AfterValidator(small)]
+SchemaOrText = Annotated[
+    dict[str, JsonValue] | NonEmpty,
+    described_as("a JSON Schema, as an object or as text"),
+    AfterValidator(small_schema),
 ]
 LogitBias = Annotated[
     dict[Annotated[str, Field(pattern=r"^[0-9]{1,10}$")], Annotated[float, Field(ge=-100, le=100)]],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from importlib.metadata import version
 from typing import Any
 
@@ -14,20 +15,21 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gateway import responses, translate
-from gateway.edge import Access
+from gateway.chat_schemas import ChatCompletionRequest
+from gateway.chat_view import ChatView, chat_syntax
+from gateway.access import Access
 from gateway.http_errors import from_service_error
 from gateway.metrics import GatewayMetrics
 from gateway.pipeline import Pipeline
 from gateway.readiness import Readiness
 from gateway.requests import EncodedPrompt, Event, TextPiece, TextRequest
-from gateway.schemas import ChatCompletionRequest, CommonRequest, CompletionRequest
+from gateway.schemas import CommonRequest, CompletionRequest
 from gateway.settings import GatewaySettings
 from gateway.sse import DONE, EventStream, sse, until_disconnect
-from gateway.views import ChatView, Folded, TextView
+from gateway.text_view import TextView
+from gateway.views import Folded, View
 from protos.rpc.errors import NotFoundError, ServiceError, UnavailableError
 from protos.wint2.gateway.v1.gateway_pb2 import Model
-
-View = ChatView | TextView
 
 
 class OpenAiApi:
@@ -40,7 +42,7 @@ class OpenAiApi:
         self._readiness = readiness
         self._metrics = metrics
         self._settings = settings
-        self._limits = translate.Limits(settings.max_choices, settings.trust_request_chat_template)
+        self._limits = settings.limits()
 
     async def chat_completions(self, body: ChatCompletionRequest, request: Request) -> Response:
         """Answers a conversation."""
@@ -84,8 +86,13 @@ class OpenAiApi:
         return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def _chat(self, body: ChatCompletionRequest, request: TextRequest, access: Access) -> Response:
+        tokenizer = self._pipeline.tokenizer
         prompts = await self._pipeline.encode(request)
-        view = ChatView(body, request, prompts, self._model(body), self._pipeline.tokenizer.token_texts)
+        syntax = chat_syntax(body, prompts[0], body.chat_template or await tokenizer.chat_template())
+        if not syntax.is_plain and body.skip_special_tokens is None:
+            # Tags may be special tokens of the vocabulary.
+            request = replace(request, skip_special_tokens=False)
+        view = ChatView(body, request, prompts, self._model(body), tokenizer.token_texts, syntax=syntax)
         return await self._answer(view, access)
 
     async def _text(self, body: CompletionRequest, request: TextRequest, access: Access) -> Response:
@@ -140,7 +147,7 @@ async def fold(view: View, events: AsyncGenerator[Event]) -> dict[str, Any]:
             choices.setdefault(event.index, Folded()).on_event(event)
     bodies = [await view.answer_choice(index, choices[index]) for index in sorted(choices)]
     answer = {"object": view.answer_object, "choices": bodies, "usage": view.tally.body()}
-    return {**view.head, **answer, **view.prompt_ids()}
+    return {**view.head, **answer, **view.prompt_ids(), **await view.prompt_facts(choices[0])}
 
 
 async def stream(view: View, first: Event, events: AsyncGenerator[Event]) -> AsyncGenerator[bytes]:

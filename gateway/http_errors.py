@@ -90,7 +90,7 @@ def from_validation(errors: Sequence[Mapping[str, Any]]) -> HttpError:
     """The first of pydantic's findings: its field as a dotted path, its message without the input."""
     first = errors[0]
     kind, context = first["type"], first.get("ctx") or {}
-    param = context.get("param") or _path(first["loc"])
+    param = _path((*first["loc"], *filter(None, [context.get("param")])))
     code = VALIDATION_CODES.get(kind, "invalid_value")
     message = first["msg"]
     if kind == "missing":

@@ -28,8 +28,7 @@ MAX_ATTEMPTS = 3
 JOINT_TOKENS = 8
 # Prompts that agree in so many tokens (two KV blocks) like the same worker.
 AFFINITY_TOKENS = 128
-SEED_STRIDE = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: neighbouring choices get far-apart seeds
-SEED_MASK = (1 << 63) - 1
+SEEDS = 1 << 64
 
 
 class Pipeline:
@@ -48,7 +47,9 @@ class Pipeline:
         self._metrics = metrics
 
     async def encode(self, request: TextRequest) -> list[EncodedPrompt]:
-        """Every prompt as token ids."""
+        """Every prompt as token ids; the bad words too, in the request's sampling parameters."""
+        if request.bad_words:
+            request.sampling_params.bad_words_token_ids.extend(await self._encode_bad_words(request))
         return list(await asyncio.gather(*(self._encode(prompt, request) for prompt in request.prompts)))
 
     async def run(self, request: TextRequest, prompts: Sequence[EncodedPrompt]) -> AsyncGenerator[Event]:
@@ -75,6 +76,14 @@ class Pipeline:
         if not token_ids:
             raise InvalidArgumentError("the prompt has no tokens", field="prompt")
         return EncodedPrompt(token_ids, prompt)
+
+    async def _encode_bad_words(self, request: TextRequest) -> list[TokenIds]:
+        """A word is other tokens behind a blank than at the beginning."""
+        ways = [way for word in request.bad_words for way in (word, f" {word.lstrip()}")]
+        runs = await self.tokenizer.encode(
+            ways, add_special_tokens=False, timeout=remaining(request.deadline)
+        )
+        return [TokenIds(ids=run) for run in dict.fromkeys(map(tuple, runs)) if run]
 
     async def _choice(self, index: int, request: TextRequest, prompt: Sequence[int]) -> AsyncGenerator[Event]:
         """One completion. Until its first token is out, a worker that fails is replaced by another."""
@@ -153,10 +162,10 @@ def generate_request(index: int, request: TextRequest, prompt: Sequence[int]) ->
 
 
 def choice_params(params: SamplingParams, choice: int) -> SamplingParams:
-    """The parameters of a prompt's choice: a seed of its own, which for choice 0 is the request's."""
+    """The parameters of a prompt's choice. Its seed is the one that a worker gives it for `n`."""
     if choice == 0 or not params.HasField("seed"):
         return params
     own = SamplingParams()
     own.CopyFrom(params)
-    own.seed = (params.seed + choice * SEED_STRIDE) & SEED_MASK
+    own.seed = (params.seed + choice + SEEDS // 2) % SEEDS - SEEDS // 2
     return own

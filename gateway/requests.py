@@ -12,6 +12,14 @@ Prompt = str | Sequence[int] | ApplyChatTemplateRequest
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What a request may ask for on this server."""
+
+    max_choices: int = 128
+    trust_request_chat_template: bool = False
+
+
+@dataclass(frozen=True)
 class TextRequest:
     """What a client asks for. `deadline` is a time of `time.monotonic`, in seconds.
 
@@ -30,6 +38,7 @@ class TextRequest:
     add_special_tokens: bool = True
     priority: int = 0
     cache_salt: str | None = None
+    bad_words: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -42,11 +51,12 @@ class EncodedPrompt:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A worker has taken up the prompt."""
+    """A worker has taken up the prompt. `prompt_logprobs` begin with its second token."""
 
     index: int
     num_prompt_tokens: int
     num_cached_tokens: int
+    prompt_logprobs: Sequence[PositionLogprobs] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ from typing import Literal, NotRequired
 
 from typing_extensions import TypedDict  # pydantic reads typing's own only from Python 3.12 on
 
-FinishReasonName = Literal["stop", "length", "abort"]
+FinishReasonName = Literal["stop", "length", "tool_calls", "abort"]
 
 
 class PromptTokensDetails(TypedDict):
@@ -36,20 +36,48 @@ class ChatLogprobs(TypedDict):
 
 class CompletionLogprobs(TypedDict):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]  # None: nothing comes before a prompt's first token
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class PromptLogprob(TypedDict):
+    logprob: float
+    rank: int | None
+    decoded_token: str
+
+
+PromptLogprobs = list[dict[str, PromptLogprob] | None]
+
+
+class CalledFunction(TypedDict):
+    name: str
+    arguments: str
+
+
+class ToolCall(TypedDict):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class ToolCallDelta(ToolCall):
+    index: int
 
 
 class AnswerMessage(TypedDict):
     role: Literal["assistant"]
-    content: str
+    content: str | None
     refusal: None
+    reasoning_content: NotRequired[str | None]  # of models that think
+    tool_calls: NotRequired[list[ToolCall]]
 
 
 class Delta(TypedDict, total=False):
     role: Literal["assistant"]
     content: str
+    reasoning_content: str
+    tool_calls: list[ToolCallDelta]
 
 
 class Choice(TypedDict):
@@ -72,6 +100,7 @@ class ChatChunkChoice(Choice):
 class TextChoice(Choice):
     text: str
     logprobs: CompletionLogprobs | None
+    prompt_logprobs: NotRequired[PromptLogprobs]  # vLLM's, by prompt_logprobs
     prompt_token_ids: NotRequired[list[int]]  # ours, by return_token_ids
 
 
@@ -86,6 +115,7 @@ class ChatCompletion(Answer):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
     usage: UsageBody
+    prompt_logprobs: NotRequired[PromptLogprobs]  # vLLM's, by prompt_logprobs
     prompt_token_ids: NotRequired[list[int]]  # ours, by return_token_ids
 
 

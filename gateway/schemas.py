@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 from pydantic_core import PydanticCustomError
 
 from gateway.fields import (
@@ -14,21 +14,25 @@ from gateway.fields import (
     LogitBias,
     NonEmpty,
     Prompt,
+    SchemaOrText,
     Stop,
     TokenId,
-    described_as,
     only_neutral,
-    shallow,
 )
 
 
 class Schema(BaseModel):
     """Types are not converted, unknown fields are refused, null means absent."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, serialize_by_alias=True
+    )
 
 
 Empty = Annotated[list[JsonValue], Field(max_length=0)]
+Choices = Annotated[list[NonEmpty], Field(min_length=1, max_length=1024)]
+# Fields that say what a completion must look like.
+STRUCTURED = ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar")
 
 
 class StreamOptions(Schema):
@@ -39,32 +43,20 @@ class StreamOptions(Schema):
     include_obfuscation: bool | None = Field(None, description="Accepted; nothing is padded.")
 
 
-class TextPart(Schema):
-    type: Literal["text"]
-    text: str
+class StructuredOutputs(Schema):
+    """vLLM's way to say what a text must look like: exactly one of these."""
 
+    json_schema: SchemaOrText | None = Field(None, alias="json", description="JSON Schema, or its text.")
+    regex: NonEmpty | None = None
+    choice: Choices | None = None
+    grammar: NonEmpty | None = Field(None, description="Lark's notation or GBNF.")
+    json_object: Literal[True] | None = None
 
-class TextFormat(Schema):
-    type: Literal["text"]
-
-
-class Message(Schema):
-    role: Literal["system", "developer", "user", "assistant"] = Field(
-        description='"developer" is read as "system".'
-    )
-    content: Annotated[str | list[TextPart], described_as('a string or a list of parts of the type "text"')]
-    name: str | None = Field(None, description="Passed to the chat template.")
-    reasoning_content: str | None = Field(None, description="Passed to the chat template.")
-    # What clients send back with an answer they got: empty, since this server never fills them.
-    refusal: Annotated[None, only_neutral("null")] = None
-    audio: Annotated[None, only_neutral("null")] = None
-    function_call: Annotated[None, only_neutral("null")] = None
-    tool_calls: Annotated[Empty | None, only_neutral("[]")] = None
-    annotations: Annotated[Empty | None, only_neutral("[]")] = None
-
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+    @model_validator(mode="after")
+    def _is_one(self) -> Self:
+        if len(self.model_fields_set) != 1:
+            raise misplaced("", "must have exactly one of json, regex, choice, grammar and json_object")
+        return self
 
 
 class CommonRequest(Schema):
@@ -84,6 +76,16 @@ class CommonRequest(Schema):
         None, ge=-INT64_MAX - 1, le=INT64_MAX, description="Same seed, same answer, whatever else runs."
     )
     n: int | None = Field(None, ge=1, le=128, description="Completions a prompt. Default 1.")
+    bad_words: list[NonEmpty] | None = Field(None, max_length=64, description="Texts that must not occur.")
+    allowed_token_ids: list[TokenId] | None = Field(
+        None, max_length=4096, description="The completion is made of these tokens only."
+    )
+    # Form of the completion, at most one of
+    structured_outputs: StructuredOutputs | None = Field(None, description="What it must look like.")
+    guided_json: SchemaOrText | None = Field(None, description="structured_outputs.json")
+    guided_regex: NonEmpty | None = Field(None, description="structured_outputs.regex")
+    guided_choice: Choices | None = Field(None, description="structured_outputs.choice")
+    guided_grammar: NonEmpty | None = Field(None, description="structured_outputs.grammar")
     # Length and end
     max_tokens: int | None = Field(None, ge=1, le=UINT32_MAX, description="Longest completion, in tokens.")
     min_tokens: int | None = Field(None, ge=0, le=UINT32_MAX, description="No end before. Default 0.")
@@ -98,6 +100,9 @@ class CommonRequest(Schema):
     stream_options: StreamOptions | None = Field(None, description="Only with stream.")
     skip_special_tokens: bool | None = Field(None, description="Leave them out of the text. Default true.")
     return_token_ids: bool | None = Field(None, description="Tell the ids of prompt and completion.")
+    prompt_logprobs: int | None = Field(
+        None, ge=0, le=20, description="Likeliest tokens at each position of the prompt; not with stream."
+    )
     # Scheduling
     priority: int | None = Field(None, ge=-INT32_MAX - 1, le=INT32_MAX, description="Lower runs first.")
     cache_salt: NonEmpty | None = Field(None, description="Prefixes are shared only under equal salts.")
@@ -107,15 +112,7 @@ class CommonRequest(Schema):
     # Known, and only possible with the value that asks for nothing
     best_of: Annotated[Literal[1] | None, only_neutral("1")] = None
     use_beam_search: Annotated[Literal[False] | None, only_neutral("false")] = None
-    prompt_logprobs: Annotated[Literal[0] | None, only_neutral("0")] = None
-    bad_words: Annotated[Empty | None, only_neutral("[]")] = None
-    allowed_token_ids: Annotated[Empty | None, only_neutral("[]")] = None
     logits_processors: Annotated[Empty | None, only_neutral("[]")] = None
-    guided_json: Annotated[None, only_neutral("null")] = None
-    guided_regex: Annotated[None, only_neutral("null")] = None
-    guided_choice: Annotated[None, only_neutral("null")] = None
-    guided_grammar: Annotated[None, only_neutral("null")] = None
-    structured_outputs: Annotated[None, only_neutral("null")] = None
     truncate_prompt_tokens: Annotated[None, only_neutral("null")] = None
 
     @model_validator(mode="after")
@@ -131,6 +128,24 @@ class CommonRequest(Schema):
             raise misplaced("min_tokens", f"is {self.min_tokens}, more than the {most} of max_tokens")
         return self
 
+    @model_validator(mode="after")
+    def _one_structure_at_most(self) -> Self:
+        given = [name for name in STRUCTURED if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise misplaced(given[1], f"cannot be combined with {given[0]}")
+        return self
+
+    @model_validator(mode="after")
+    def _prompt_logprobs_are_not_streamed(self) -> Self:
+        if self.prompt_logprobs is not None and self.stream:
+            raise misplaced("prompt_logprobs", "is not supported together with stream")
+        return self
+
+    @property
+    def structured_field(self) -> str | None:
+        """Name of the field that says what the completion must look like."""
+        return next((name for name in STRUCTURED if getattr(self, name) is not None), None)
+
     @property
     def longest_completion(self) -> int | None:
         return self.max_tokens
@@ -140,56 +155,10 @@ class CommonRequest(Schema):
         """Likeliest tokens to report at each position; None reports no probabilities at all."""
         raise NotImplementedError
 
-
-class ChatCompletionRequest(CommonRequest):
-    """POST /v1/chat/completions"""
-
-    messages: list[Message] = Field(min_length=1, description="The conversation so far.")
-    max_completion_tokens: int | None = Field(
-        None, ge=1, le=UINT32_MAX, description="Goes before max_tokens. Default: what the context leaves."
-    )
-    logprobs: bool | None = Field(None, description="Tell each token's log-probability.")
-    top_logprobs: int | None = Field(None, ge=0, le=20, description="Likeliest tokens at each position.")
-    chat_template_kwargs: Annotated[dict[str, JsonValue], AfterValidator(shallow)] | None = Field(
-        None, description="Further variables for the chat template."
-    )
-    chat_template: NonEmpty | None = Field(
-        None, description="A Jinja template in place of the model's, if the server allows it."
-    )
-    add_generation_prompt: bool | None = Field(None, description="Open the assistant's turn. Default true.")
-    # Passed over, as documented
-    safety_identifier: str | None = Field(None, description="Accepted; not used.")
-    prompt_cache_key: str | None = Field(None, description="Accepted; prefixes are found by content.")
-    # Known, and only possible with the value that asks for nothing
-    tools: Annotated[Empty | None, only_neutral("[]")] = None
-    tool_choice: Annotated[Literal["none", "auto"] | None, only_neutral('"none"')] = None
-    parallel_tool_calls: bool | None = Field(None, description="Accepted; there are no tools.")
-    functions: Annotated[Empty | None, only_neutral("[]")] = None
-    function_call: Annotated[Literal["none", "auto"] | None, only_neutral('"none"')] = None
-    response_format: Annotated[TextFormat | None, only_neutral('{"type": "text"}')] = None
-    modalities: Annotated[list[Literal["text"]] | None, only_neutral('["text"]')] = None
-    audio: Annotated[None, only_neutral("null")] = None
-    prediction: Annotated[None, only_neutral("null")] = None
-    reasoning_effort: Annotated[None, only_neutral("null")] = None
-    verbosity: Annotated[None, only_neutral("null")] = None
-    web_search_options: Annotated[None, only_neutral("null")] = None
-    store: Annotated[Literal[False] | None, only_neutral("false")] = None
-    service_tier: Annotated[Literal["auto", "default"] | None, only_neutral('"auto"')] = None
-    echo: Annotated[Literal[False] | None, only_neutral("false")] = None
-
-    @model_validator(mode="after")
-    def _top_logprobs_need_logprobs(self) -> Self:
-        if self.top_logprobs and not self.logprobs:
-            raise misplaced("top_logprobs", "is only allowed when logprobs is true")
-        return self
-
     @property
-    def longest_completion(self) -> int | None:
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-
-    @property
-    def num_logprobs(self) -> int | None:
-        return (self.top_logprobs or 0) if self.logprobs else None
+    def num_prompt_logprobs(self) -> int | None:
+        """The same for the positions of the prompt."""
+        return self.prompt_logprobs
 
 
 class CompletionRequest(CommonRequest):
@@ -199,15 +168,9 @@ class CompletionRequest(CommonRequest):
 
     prompt: Prompt = Field(description="Text or token ids, one or several.")
     logprobs: int | None = Field(None, ge=0, le=20, description="Likeliest tokens at each position.")
-    echo: bool | None = Field(None, description="Begin the text with the prompt; not with logprobs.")
+    echo: bool | None = Field(None, description="Begin the text, and the logprobs, with the prompt.")
     add_special_tokens: bool | None = Field(None, description="For prompts of text. Default true.")
     suffix: Annotated[Literal[""] | None, only_neutral("an empty string")] = None
-
-    @model_validator(mode="after")
-    def _prompt_has_no_logprobs(self) -> Self:
-        if self.echo and self.logprobs is not None:
-            raise misplaced("echo", "is not supported together with logprobs: prompts are not scored")
-        return self
 
     @property
     def longest_completion(self) -> int | None:
@@ -217,8 +180,12 @@ class CompletionRequest(CommonRequest):
     def num_logprobs(self) -> int | None:
         return self.logprobs
 
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        return self.logprobs if self.echo and self.prompt_logprobs is None else self.prompt_logprobs
 
-def misplaced(param: str, message: str) -> PydanticCustomError:
-    """An error about one field found while looking at all of them."""
+
+def misplaced(param: str, message: str, code: str = "misplaced") -> PydanticCustomError:
+    """An error about one field found while looking at all of them; `param` is below the one looked at."""
     details: dict[str, Any] = {"param": param}
-    return PydanticCustomError("misplaced", message, details)
+    return PydanticCustomError(code, message, details)

@@ -7,6 +7,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
+from gateway.requests import Limits
 from gateway.scheduler.settings import SchedulerFlags
 from protos.rpc.settings import StringList, service_config
 
@@ -50,6 +51,9 @@ class GatewaySettings(SchedulerFlags):
     trust_request_chat_template: bool = Field(
         False, description="let requests bring a chat template of their own (rendered in a sandbox)"
     )
+
+    def limits(self) -> Limits:
+        return Limits(self.max_choices, self.trust_request_chat_template)
 
     @model_validator(mode="after")
     def _key_file_is_readable(self) -> Self:

@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from gateway.api_keys import ApiKeys
-from gateway.app import build_app
+from gateway.app import build_app, openai_routes, state_routes, tokenize_routes
 from gateway.clients import LocalScheduler, RemoteScheduler, SchedulerClient, TokenizerClient, WorkerClient
 from gateway.http import OpenAiApi
 from gateway.http_server import HttpServer
 from gateway.metrics import GatewayMetrics
 from gateway.pipeline import Pipeline
-from gateway.playground import Playground
+from gateway.playground import Playground, playground_routes
 from gateway.readiness import Readiness
 from gateway.scheduler.dispatcher import Dispatcher
 from gateway.scheduler.scheduler import Scheduler
@@ -23,6 +23,7 @@ from gateway.scheduler.servicer import scheduler_service
 from gateway.servicer import DESCRIPTOR as GATEWAY
 from gateway.servicer import gateway_service
 from gateway.settings import GatewaySettings
+from gateway.tokenize import TokenizeApi
 from protos.rpc.channel import open_channel
 from protos.rpc.interceptor import Authenticate
 from protos.rpc.server import GrpcServer
@@ -62,8 +63,13 @@ async def running(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         readiness = Readiness(tokenizer, scheduler, workers, grpc_server.set_serving)
         pipeline = Pipeline(tokenizer, scheduler, workers, metrics)
         grpc_server.add(gateway_service(pipeline, readiness, settings))
-        api, playground = OpenAiApi(pipeline, readiness, metrics, settings), Playground(readiness, scheduler)
-        app = build_app(api, playground, metrics, keys, settings)
+        routers = (
+            openai_routes(api := OpenAiApi(pipeline, readiness, metrics, settings)),
+            tokenize_routes(TokenizeApi(tokenizer, readiness, settings.limits())),
+            state_routes(api),
+            playground_routes(Playground(readiness, scheduler)),
+        )
+        app = build_app(routers, metrics, keys, settings)
         http_server = HttpServer(app, settings.http_host, settings.http_port)
         await stack.enter_async_context(http_server.running())
         if settings.metrics_port not in (None, http_server.port):

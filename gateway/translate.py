@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf.struct_pb2 import Struct
 
-from gateway.requests import Prompt, TextRequest
-from gateway.schemas import ChatCompletionRequest, CommonRequest, CompletionRequest, Message
+from gateway.chat_schemas import ChatCompletionRequest, Message, TemplateOptions, Tool, ToolCall
+from gateway.requests import Limits, Prompt, TextRequest
+from gateway.schemas import CommonRequest, CompletionRequest
+from gateway.structured import structured_output
 from protos.rpc.errors import InvalidArgumentError
 from protos.wint2.common.v1.common_pb2 import SamplingParams
 from protos.wint2.tokenizer.v1.tokenizer_pb2 import ApplyChatTemplateRequest
@@ -30,25 +32,30 @@ SAME = (
 )
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What a request may ask for on this server."""
-
-    max_choices: int = 128
-    trust_request_chat_template: bool = False
+def check_template(options: TemplateOptions, limits: Limits) -> None:
+    if options.chat_template is not None and not limits.trust_request_chat_template:
+        message = "chat templates in requests are not allowed on this server (--trust-request-chat-template)"
+        raise InvalidArgumentError(message, field="chat_template", reason="UNSUPPORTED_PARAMETER")
 
 
 def chat(body: ChatCompletionRequest, deadline: float, limits: Limits) -> TextRequest:
-    if body.chat_template is not None and not limits.trust_request_chat_template:
-        message = "chat templates in requests are not allowed on this server (--trust-request-chat-template)"
-        raise InvalidArgumentError(message, field="chat_template", reason="UNSUPPORTED_PARAMETER")
-    template = ApplyChatTemplateRequest(
-        messages=[template_message(message) for message in body.messages],
-        add_generation_prompt=body.add_generation_prompt,
-        template_kwargs=struct(body.chat_template_kwargs, "chat_template_kwargs"),
-        chat_template=body.chat_template,
+    check_template(body, limits)
+    effort = {} if body.reasoning_effort is None else {"reasoning_effort": body.reasoning_effort}
+    prompt = template(body.messages, body, body.offered_tools, effort)
+    return text_request("chatcmpl", body, [prompt], deadline, limits)
+
+
+def template(
+    messages: Sequence[Message], options: TemplateOptions, tools: Sequence[Tool], variables: dict[str, Any]
+) -> ApplyChatTemplateRequest:
+    """The conversation for the tokenizer. Tools go as JSON text, which keeps the order of their keys."""
+    return ApplyChatTemplateRequest(
+        messages=[template_message(message) for message in messages],
+        add_generation_prompt=options.add_generation_prompt,
+        tools_json=[tool.model_dump_json(exclude_unset=True) for tool in tools],
+        template_kwargs=struct(variables | (options.chat_template_kwargs or {}), "chat_template_kwargs"),
+        chat_template=options.chat_template,
     )
-    return text_request("chatcmpl", body, [template], deadline, limits)
 
 
 def completion(body: CompletionRequest, deadline: float, limits: Limits) -> TextRequest:
@@ -81,6 +88,7 @@ def text_request(
         add_special_tokens=add_special_tokens is not False,
         priority=body.priority or 0,
         cache_salt=body.cache_salt,
+        bad_words=body.bad_words or (),
     )
 
 
@@ -91,6 +99,9 @@ def sampling_params(body: CommonRequest) -> SamplingParams:
         **fields,
         top_k=None if body.top_k is None else max(body.top_k, 0),
         max_tokens=body.longest_completion,
+        allowed_token_ids=body.allowed_token_ids,
+        prompt_logprobs=body.num_prompt_logprobs,
+        structured_output=structured_output(body),
         logit_bias={int(token_id): bias for token_id, bias in (body.logit_bias or {}).items()},
         logprobs=body.num_logprobs,
     )
@@ -108,8 +119,23 @@ def prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> list[Promp
 def template_message(message: Message) -> Struct:
     fields: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
     fields["content"] = message.text
-    extra = {"name": message.name, "reasoning_content": message.reasoning_content}
+    extra = {
+        "name": message.name,
+        "reasoning_content": message.reasoning_content,
+        "tool_call_id": message.tool_call_id,
+        "tool_calls": [template_call(call) for call in message.tool_calls] if message.tool_calls else None,
+    }
     return struct({**fields, **{key: value for key, value in extra.items() if value is not None}}, "messages")
+
+
+def template_call(call: ToolCall) -> dict[str, Any]:
+    """Templates print arguments as JSON, so they get the object, not its text."""
+    arguments = json.loads(call.function.arguments or "{}")
+    return {
+        "id": call.id,
+        "type": "function",
+        "function": {"name": call.function.name, "arguments": arguments},
+    }
 
 
 def struct(values: dict[str, Any] | None, field: str) -> Struct:

@@ -25,7 +25,13 @@ TOKENIZER = tokenizer_pb2.DESCRIPTOR.services_by_name["TokenizerService"]
 
 
 class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
-    """One id a UTF-8 byte, and no chat template beyond "role: content" lines."""
+    """One id a UTF-8 byte; its chat template writes tools and "role: content" lines, then `opening`."""
+
+    def __init__(self) -> None:
+        self.chat_template = "{{ messages }}"
+        self.opening = ""
+        self.knows_tools = True
+        self.conversations: list[tokenizer_pb2.ApplyChatTemplateRequest] = []
 
     async def Tokenize(self, request: Any, context: Any) -> tokenizer_pb2.TokenizeResponse:
         return tokenizer_pb2.TokenizeResponse(token_ids=[encode(text) for text in request.texts])
@@ -33,12 +39,18 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
     async def ApplyChatTemplate(self, request: Any, context: Any) -> tokenizer_pb2.ApplyChatTemplateResponse:
         if not request.messages:
             raise InvalidArgumentError("messages must not be empty", field="messages")
-        text = "".join(f"{message['role']}: {message['content']}\n" for message in request.messages)
+        self.conversations.append(request)
+        tools = "".join(f"{tool}\n" for tool in request.tools_json if self.knows_tools)
+        lines = "".join(f"{message['role']}: {message['content']}\n" for message in request.messages)
+        text = tools + lines + self.opening
         return tokenizer_pb2.ApplyChatTemplateResponse(text=text, token_ids=encode(text))
 
     async def GetTokenizerInfo(self, request: Any, context: Any) -> tokenizer_pb2.GetTokenizerInfoResponse:
         return tokenizer_pb2.GetTokenizerInfoResponse(
-            kind="fake", vocab_size=FIRST_BYTE_ID + 256, eos_token_ids=[EOS]
+            kind="fake",
+            vocab_size=FIRST_BYTE_ID + 256,
+            eos_token_ids=[EOS],
+            chat_template=self.chat_template,
         )
 
     async def Detokenize(
@@ -128,9 +140,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
 
     async def _stream(self, request: Any) -> AsyncIterator[worker_pb2.GenerateResponse]:
         prompt, params = request.prompt.ids, request.sampling_params
-        yield worker_pb2.GenerateResponse(
-            prompt_info=worker_pb2.PromptInfo(prompt_tokens=len(prompt), effective_params=params)
-        )
+        info = worker_pb2.PromptInfo(prompt_tokens=len(prompt), effective_params=params)
+        if params.HasField("prompt_logprobs"):
+            info.prompt_logprobs.extend(logprobs(token_id, params.prompt_logprobs) for token_id in prompt[1:])
+        yield worker_pb2.GenerateResponse(prompt_info=info)
         ids = [*(self.completion if self.completion is not None else prompt), EOS]
         ids = ids[: params.max_tokens] if params.HasField("max_tokens") else ids
         for index, token_id in enumerate(ids):
@@ -179,9 +192,13 @@ def encode(text: str) -> common_pb2.TokenIds:
 
 
 def delta(token_id: int, params: common_pb2.SamplingParams) -> worker_pb2.Delta:
+    told = [logprobs(token_id, params.logprobs)] if params.HasField("logprobs") else []
+    return worker_pb2.Delta(token_ids=[token_id], logprobs=told)
+
+
+def logprobs(token_id: int, num_top: int) -> common_pb2.PositionLogprobs:
     sampled = common_pb2.TokenLogprob(token_id=token_id, logprob=-0.5)
-    logprobs = [common_pb2.PositionLogprobs(sampled=sampled, top=[sampled] * params.logprobs)]
-    return worker_pb2.Delta(token_ids=[token_id], logprobs=logprobs if params.HasField("logprobs") else [])
+    return common_pb2.PositionLogprobs(sampled=sampled, top=[sampled] * num_top)
 
 
 def finish(num_prompt_tokens: int, ids: list[int]) -> worker_pb2.Finish:

@@ -77,3 +77,38 @@ async def test_streamed_token_ids(stack: Stack) -> None:
 async def test_stop_token_of_the_request(stack: Stack, worker: FakeWorker) -> None:
     [choice] = (await stack.complete("hi", stop_token_ids=[2])).json()["choices"]
     assert (choice["finish_reason"], choice["stop_reason"], choice["text"]) == ("stop", 2, "hi")
+
+
+@pytest.mark.parametrize("is_stream", [True, False])
+@pytest.mark.parametrize("prompt", ["abc", [100, 101, 102]])
+async def test_echoed_logprobs_cover_the_prompt(stack: Stack, prompt: object, is_stream: bool) -> None:
+    fields = {"echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0}
+    answer = await stack.openai.completions.create(model=MODEL, prompt=prompt, stream=is_stream, **fields)
+    parts = [chunk async for chunk in answer] if is_stream else [answer]
+    found = [part.choices[0].logprobs for part in parts if part.choices[0].logprobs]
+    assert [token for part in found for token in part.tokens] == ["a", "b", "c", "a"]
+    assert [value for part in found for value in part.token_logprobs] == [None, -0.5, -0.5, -0.5]
+    assert [entry for part in found for entry in part.top_logprobs] == [
+        None, {"b": -0.5}, {"c": -0.5}, {"a": -0.5}
+    ]  # fmt: skip
+    assert [offset for part in found for offset in part.text_offset] == [0, 1, 2, 3]
+
+
+async def test_logprobs_of_an_echo_of_one_token(stack: Stack) -> None:
+    answer = await stack.complete("a", echo=True, logprobs=0, max_tokens=1)
+    assert answer.json()["choices"][0]["logprobs"]["token_logprobs"] == [None, -0.5]
+
+
+async def test_prompt_logprobs_by_name(stack: Stack) -> None:
+    told = [None, {"101": {"logprob": -0.5, "rank": 1, "decoded_token": "b"}}]
+    text = (await stack.complete("ab", prompt_logprobs=1, max_tokens=1)).json()
+    assert text["choices"][0]["prompt_logprobs"] == told
+    chat = (await stack.chat("x", prompt_logprobs=0, max_tokens=1)).json()
+    assert len(chat["prompt_logprobs"]) == len("user: x\n")
+
+
+async def test_bad_words_are_tokenized_both_ways(stack: Stack, worker: FakeWorker) -> None:
+    await stack.complete("hi", bad_words=["a"], allowed_token_ids=[5, 6])
+    params = worker.requests[0].sampling_params
+    assert [list(run.ids) for run in params.bad_words_token_ids] == [[100], [35, 100]]
+    assert list(params.allowed_token_ids) == [5, 6]

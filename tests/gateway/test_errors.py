@@ -16,7 +16,11 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HI = [{"role": "user", "content": "hi"}]
-NESTED = json.loads("[" * 40 + "]" * 40)
+NESTED = json.loads("[" * 60 + "]" * 60)
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+NAMED = {"type": "function", "function": {"name": "g"}}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+BAD_CALL = CALL | {"function": {"name": "f", "arguments": "[]"}}
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:
@@ -36,7 +40,12 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         ({"messages": [{"role": "user"}]}, "missing_required_parameter", "messages.0.content"),
         ({"messages": [{"role": "robot", "content": ""}]}, "invalid_value", "messages.0.role"),
         ({"messages": [{"role": "user", "content": 5}]}, "invalid_value", "messages.0.content"),
-        ({"messages": [HI[0] | {"tool_calls": [{}]}]}, "unsupported_parameter", "messages.0.tool_calls"),
+        ({"messages": [HI[0] | {"tool_calls": [CALL]}]}, "invalid_value", "messages.0.tool_calls"),
+        ({"messages": [{"role": "assistant"}]}, "missing_required_parameter", "messages.0.content"),
+        ({"messages": [{"role": "tool", "content": ""}]}, "missing_required_parameter",
+         "messages.0.tool_call_id"),
+        ({"messages": [{"role": "assistant", "tool_calls": [BAD_CALL]}]}, "invalid_value",
+         "messages.0.tool_calls.0.function.arguments"),
         ({"temperature": "warm"}, "invalid_value", "temperature"),
         ({"temperature": 2.5}, "invalid_value", "temperature"),
         ({"temperature": True}, "invalid_value", "temperature"),
@@ -59,9 +68,24 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         ({"stream": True, "stream_options": {"x": 1}}, "unknown_parameter", "stream_options.x"),
         ({"min_tokens": 5, "max_tokens": 4}, "invalid_value", "min_tokens"),
         ({"tempratur": 1}, "unknown_parameter", "tempratur"),
-        ({"tools": [{"type": "function"}]}, "unsupported_parameter", "tools"),
-        ({"tool_choice": "required"}, "unsupported_parameter", "tool_choice"),
-        ({"response_format": {"type": "json_object"}}, "unsupported_parameter", "response_format"),
+        ({"tools": [{"type": "function"}]}, "missing_required_parameter", "tools.0.function"),
+        ({"tools": [TOOL, TOOL]}, "invalid_value", "tools"),
+        ({"tools": [TOOL | {"type": "retrieval"}]}, "invalid_value", "tools.0.type"),
+        ({"tool_choice": "required"}, "invalid_value", "tool_choice"),
+        ({"tool_choice": "sometimes"}, "invalid_value", "tool_choice"),
+        ({"tools": [TOOL], "tool_choice": NAMED}, "invalid_value", "tool_choice"),
+        ({"tools": [TOOL], "response_format": {"type": "json_object"}}, "invalid_value", "response_format"),
+        ({"response_format": {"type": "xml"}}, "invalid_value", "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "missing_required_parameter",
+         "response_format.json_schema.json_schema"),
+        ({"guided_json": {"a": NESTED}}, "invalid_value", "guided_json"),
+        ({"guided_json": {}, "guided_regex": "a"}, "invalid_value", "guided_regex"),
+        ({"guided_json": {"a": "x" * 70_000}}, "invalid_value", "guided_json"),
+        ({"guided_choice": []}, "invalid_value", "guided_choice"),
+        ({"structured_outputs": {}}, "invalid_value", "structured_outputs"),
+        ({"structured_outputs": {"tag": "x"}}, "unknown_parameter", "structured_outputs.tag"),
+        ({"prompt_logprobs": 1, "stream": True}, "invalid_value", "prompt_logprobs"),
+        ({"bad_words": [""]}, "invalid_value", "bad_words.0"),
         ({"best_of": 2}, "unsupported_parameter", "best_of"),
         ({"chat_template": "x"}, "unsupported_parameter", "chat_template"),
         ({"chat_template_kwargs": {"a": NESTED}}, "invalid_value", "chat_template_kwargs"),
