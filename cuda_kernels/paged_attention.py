@@ -19,6 +19,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from cuda_kernels.attention_kernels import Step, attention_by_token, has_kernel, launch_attention
+from cuda_kernels.launch import cuda_device
+
 # MKL gives a row of a product the same bits beside any other rows if their number is a multiple of four.
 _ROW_MULTIPLE = 4
 _PREFILL_TILE_TOKENS = 64
@@ -79,6 +82,11 @@ def paged_attention(
     own tokens, whose keys and values are already stored. Softmax and sums are float32. `plan`, of the same
     step, spares making it again in every layer.
     """
+    if query_THC.is_cuda:
+        step = Step(key_cache_BPGC, value_cache_BPGC, block_tables_SM, cu_seqlens_q, context_lens_S)
+        if not has_kernel(query_THC, step):
+            return attention_by_token(query_THC, step, scale)
+        return launch_attention(cuda_device(query_THC.device.index), query_THC, step, max_query_len, scale)
     plan = plan or plan_attention(
         block_tables_SM,
         cu_seqlens_q,

@@ -145,6 +145,12 @@ DEVICE u32 shuffle_xor(u32 x, int lanes) { return __shfl_xor_sync(~0u, x, lanes)
 DEVICE u32 lanes_like_mine(u32 x) { return __match_any_sync(~0u, x); }
 DEVICE int popcount(u32 x) { return __popc(x); }
 DEVICE void atomic_max(u32* p, u32 x) { atomicMax(p, x); }
+// One more block has arrived; its earlier writes are seen by whoever counts later. The blocks that came before.
+DEVICE u32 arrive(u32* counter) {
+    __threadfence();
+    return atomicAdd(counter, 1u);
+}
+DEVICE void see_arrived() { __threadfence(); }
 
 DEVICE float fast_exp(float x) { return __expf(x); }
 DEVICE float fast_exp2(float x) {

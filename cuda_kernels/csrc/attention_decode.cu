@@ -1,0 +1,159 @@
+// Attention of sequences with one new token, over the paged cache: a block a sequence, KV head and share of the keys.
+//
+// The queries of a KV head's group are the rows of one mma tile, so that a key is read once for all of them. Four warps
+// take every fourth sixteen keys of the share. Of several shares the block that ends last adds up all of them, in
+// their order: the result does not depend on which one that was.
+#include "attention.cuh"
+
+constexpr int WARPS = 4, THREADS = 32 * WARPS, ROWS = 16, KEYS = 16;
+
+struct Share {
+    int begin, end;  // keys
+};
+
+// Rows g and g + 8 of the group's queries; zeros where there is none.
+DEVICE void load_query(Query& query, const Words4* rows, int group) {
+    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int c = 0; c < STEPS; ++c) {
+        query.low[c] = query.high[c] = {0, 0, 0, 0};
+        if (g < group) query.low[c] = rows[g * (HEAD_DIM / 8) + 4 * c + t];
+        if (g + 8 < group) query.high[c] = rows[(g + 8) * (HEAD_DIM / 8) + 4 * c + t];
+    }
+}
+
+struct Keys {
+    Words4 of[2][STEPS];
+};
+
+DEVICE void load_keys(Keys& keys, const Cache& cache, int position) {
+    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const Words4* row = cache.keys + cache.row(position) + g * cache.kv_heads * (HEAD_DIM / 8) + t;
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+        for (int c = 0; c < STEPS; ++c)
+            keys.of[tile][c] = load_once16(row + tile * 8 * cache.kv_heads * (HEAD_DIM / 8) + 4 * c);
+}
+
+DEVICE void load_values(Values& values, const Cache& cache, int position) {
+    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const Words4* row = cache.values + cache.row(position) + g;
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int h = 0; h < HALVES; ++h)
+            values.of[i][h] = load_once16(row + (2 * t + i % 2 + i / 2 * 8) * cache.kv_heads * (HEAD_DIM / 8) + 8 * h);
+}
+
+// Scores of keys from `end` on count for nothing.
+DEVICE void mask(float (&scores)[2][4], int position, int end) {
+    int t = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+        if (position + i / 4 * 8 + 2 * t + i % 2 >= end) scores[i / 4][i % 4] = NEVER;
+}
+
+DEVICE void sweep(Answer& answer, const Query& query, const Cache& cache, Share share, float scale) {
+    int position = share.begin + threadIdx.x / 32 * KEYS;
+    if (position >= share.end) return;
+    Keys keys;
+    Values values;
+    load_keys(keys, cache, position);
+    load_values(values, cache, position);
+    for (; position < share.end; position += WARPS * KEYS) {
+        bool has_next = position + WARPS * KEYS < share.end;
+        float scores[2][4];
+        score(scores[0], query, keys.of[0]);
+        score(scores[1], query, keys.of[1]);
+        if (has_next) load_keys(keys, cache, position + WARPS * KEYS);
+        mask(scores, position, share.end);
+        soften(scores, answer, scale);
+        multiply(answer, scores[0], scores[1], values);
+        if (has_next) load_values(values, cache, position + WARPS * KEYS);
+    }
+}
+
+// Sums of one row: HEAD_DIM products, then the top and the total, in floats.
+constexpr int ROW = HEAD_DIM + 2;
+
+// The warp's rows to `partial` [ROWS, ROW].
+DEVICE void put(Answer& answer, float* partial) {
+    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        float* row = partial + (g + 8 * i) * ROW;
+        float total = quad_sum(answer.total[i]);
+        if (t == 0) row[HEAD_DIM] = answer.top[i], row[HEAD_DIM + 1] = total;
+#pragma unroll
+        for (int h = 0; h < HALVES; ++h)
+#pragma unroll
+            for (int j = 0; j < 16; ++j) row[64 * h + 16 * t + j] = answer.sums[h][j % 8][2 * i + j / 8];
+    }
+}
+
+// One feature of one row over `count` partial sums, `stride` floats apart: (products, top, total).
+struct Merged {
+    float sum, top, total;
+};
+DEVICE Merged merge(const float* row, int feature, int count, int stride) {
+    Merged merged = {0, NEVER, 0};
+    for (int i = 0; i < count; ++i) merged.top = larger(merged.top, row[i * stride + HEAD_DIM]);
+    for (int i = 0; i < count; ++i) {
+        float factor = fast_exp2(row[i * stride + HEAD_DIM] - merged.top);
+        merged.sum += factor * row[i * stride + feature];
+        merged.total += factor * row[i * stride + HEAD_DIM + 1];
+    }
+    return merged;
+}
+
+// Block (sequence · G + KV head, share). scratch [S·G, shares, 16, ROW]; counters [S·G] zero before and after.
+KERNEL(THREADS, 2) attention_decode(const Words4* query, const Words4* keys, const Words4* values, const int* tables,
+                                    const int* query_starts, const int* context_lens, u16* out, float* scratch,
+                                    u32* counters, int shares, int heads, int kv_heads, int query_stride,
+                                    int block_bits, int table_width, float scale) {
+    DYNAMIC_SHARED(shared);
+    float* partial = (float*)shared;
+    int* is_last = (int*)(partial + WARPS * ROWS * ROW);
+    int sequence = blockIdx.x / kv_heads, kv_head = blockIdx.x % kv_heads, group = heads / kv_heads;
+    long token = query_starts[sequence];
+    if (query_starts[sequence + 1] - token != 1) return;
+    int length = context_lens[sequence];
+    int share_keys = ((length + shares - 1) / shares + 63) / 64 * 64, live = (length + share_keys - 1) / share_keys;
+    Share share = {(int)blockIdx.y * share_keys, smaller(length, (int)(blockIdx.y + 1) * share_keys)};
+    if (share.begin >= length) return;
+
+    Cache cache = {keys, values, tables + (long)sequence * table_width, block_bits, kv_heads, kv_head};
+    Query rows;
+    load_query(rows, query + token * query_stride + (long)kv_head * group * (HEAD_DIM / 8), group);
+    Answer answer;
+    answer.clear();
+    sweep(answer, rows, cache, share, scale);
+    put(answer, partial + threadIdx.x / 32 * ROWS * ROW);
+    sync_block();
+
+    u16* result = out + (token * heads + (long)kv_head * group) * HEAD_DIM;
+    float* mine = scratch + ((long)blockIdx.x * shares + blockIdx.y) * ROWS * ROW;
+    for (int i = threadIdx.x; i < group * HEAD_DIM; i += THREADS) {
+        int row = i / HEAD_DIM, feature = i % HEAD_DIM;
+        Merged merged = merge(partial + row * ROW, feature, WARPS, ROWS * ROW);
+        if (live == 1) {
+            result[i] = float_bfloat(merged.sum / merged.total);
+        } else {
+            mine[row * ROW + feature] = merged.sum;
+            if (feature == 0) mine[row * ROW + HEAD_DIM] = merged.top, mine[row * ROW + HEAD_DIM + 1] = merged.total;
+        }
+    }
+    if (live == 1) return;
+    sync_block();
+    if (threadIdx.x == 0) *is_last = arrive(&counters[blockIdx.x]) + 1 == (u32)live;
+    sync_block();
+    if (!*is_last) return;
+    see_arrived();
+    const float* first = scratch + (long)blockIdx.x * shares * ROWS * ROW;
+    for (int i = threadIdx.x; i < group * HEAD_DIM; i += THREADS) {
+        Merged merged = merge(first + i / HEAD_DIM * ROW, i % HEAD_DIM, live, ROWS * ROW);
+        result[i] = float_bfloat(merged.sum / merged.total);
+    }
+    if (threadIdx.x == 0) counters[blockIdx.x] = 0;
+}
