@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpu_worker.model.errors import CheckpointError
-from gpu_worker.model.safetensors_file import HeaderError, SafetensorsFile, StoredTensor
+from gpu_worker.model.safetensors_file import HeaderError, SafetensorsFile, StoredTensor, Transfer, keep
 
 INDEX_NAME = "model.safetensors.index.json"
 Tensors = Mapping[str, StoredTensor]
@@ -31,12 +31,15 @@ class Checkpoint:
         return sum(tensor.nbytes for tensors in self.ranks for tensor in tensors.values())
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Map every weight file of a folder. Raises CheckpointError with all that is wrong with the headers."""
+def open_checkpoint(path: Path, transfer: Transfer = keep) -> Checkpoint:
+    """Map every weight file of a folder, to be read through `transfer`.
+
+    Raises CheckpointError with all that is wrong with the headers.
+    """
     problems: list[str] = []
     if not path.is_dir():
         raise CheckpointError([f"{path}: no such folder"])
-    ranks = tuple(_open_folder(folder, problems) for folder in _rank_folders(path))
+    ranks = tuple(_open_folder(folder, transfer, problems) for folder in _rank_folders(path))
     if problems:
         raise CheckpointError(problems)
     return Checkpoint(path, ranks)
@@ -49,10 +52,10 @@ def _rank_folders(path: Path) -> list[Path]:
     return [path / f"rank{rank}" for rank in range(count)]
 
 
-def _open_folder(folder: Path, problems: list[str]) -> Tensors:
+def _open_folder(folder: Path, transfer: Transfer, problems: list[str]) -> Tensors:
     tensors: dict[str, StoredTensor] = {}
     for name in _file_names(folder, problems):
-        for tensor in _open_file(folder / name, problems):
+        for tensor in _open_file(folder / name, transfer, problems):
             if tensor.name in tensors:
                 other = tensors[tensor.name].file.path.name
                 problems.append(f"tensor {tensor.name!r} is in {other} and in {name}")
@@ -60,9 +63,9 @@ def _open_folder(folder: Path, problems: list[str]) -> Tensors:
     return tensors
 
 
-def _open_file(path: Path, problems: list[str]) -> Iterator[StoredTensor]:
+def _open_file(path: Path, transfer: Transfer, problems: list[str]) -> Iterator[StoredTensor]:
     try:
-        yield from SafetensorsFile(path).tensors.values()
+        yield from SafetensorsFile(path, transfer).tensors.values()
     except HeaderError as error:
         problems += error.problems
     except OSError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import torch
 
@@ -19,12 +20,15 @@ from gpu_worker.layers.moe import MoE, Router
 from gpu_worker.layers.norm import RMSNorm
 from gpu_worker.model.checkpoint import open_checkpoint
 from gpu_worker.model.decoder import Decoder, DecoderLayer, MemoryReport
+from gpu_worker.model.dummy import plan_dummy
 from gpu_worker.model.plan import LayerPlan, MLPPlan, ModelPlan, MoEPlan, plan_model
+from gpu_worker.model.safetensors_file import Transfer, keep
 from gpu_worker.model.stored_weight import StoredLinear, StoredVector
 
 _log = logging.getLogger(__name__)
 
 Progress = Callable[[int, int], None]
+LoadFormat = Literal["auto", "dummy"]
 
 
 def load_model(
@@ -34,17 +38,24 @@ def load_model(
     dtype: torch.dtype,
     progress: Progress | None = None,
     k_order: KOrder = "shuffled",
+    load_format: LoadFormat = "auto",
 ) -> Decoder:
-    """Load the checkpoint in `config.path`.
+    """Load the checkpoint in `config.path`, or random weights of its shapes if `load_format` is "dummy".
 
     `progress` is called with (bytes read, bytes to read). Quantized weights are decoded to `dtype`. Raises
     CheckpointError with everything that is wrong with the files, before any weight is read.
     """
-    checkpoint = open_checkpoint(config.path)
-    plan = plan_model(config, checkpoint)
+    if load_format == "dummy":
+        plan = plan_dummy(config, device)
+    else:
+        plan = plan_model(config, open_checkpoint(config.path, _transfer_to(device)))
     for note in plan.notes:
         _log.info("%s", note)
-    return _Loader(config, device, dtype, k_order, checkpoint.num_bytes, progress).decoder(plan)
+    return _Loader(config, device, dtype, k_order, plan.stored_bytes, progress).decoder(plan)
+
+
+def _transfer_to(device: torch.device) -> Transfer:
+    return keep if device.type == "cpu" else lambda tensor: tensor.to(device)
 
 
 class _Loader:
@@ -72,7 +83,7 @@ class _Loader:
             config.rope_theta,
             compression_ratio=config.compression_ratio,
         ).to(self._device)
-        embedding_VD = self._tensor(plan.embedding, "embedding")
+        embedding_VD = self._tensor(plan.embedding)
         return Decoder(
             config,
             embedding_VD,
@@ -85,26 +96,26 @@ class _Loader:
     def _layer(self, plan: LayerPlan, cos_sin_PC: torch.Tensor) -> DecoderLayer:
         config = self._config
         attention = Attention(
-            self._linear(plan.qkv, "attention"),
-            self._linear(plan.o, "attention"),
+            self._linear(plan.qkv),
+            self._linear(plan.o),
             cos_sin_PC,
             config.num_attention_heads,
             config.num_key_value_heads,
             config.head_dim,
         )
-        mlp = self._moe(plan.mlp) if isinstance(plan.mlp, MoEPlan) else self._mlp(plan.mlp, "dense MLP")
+        mlp = self._moe(plan.mlp) if isinstance(plan.mlp, MoEPlan) else self._mlp(plan.mlp)
         norms = self._norm(plan.input_norm), self._norm(plan.post_attention_norm)
         return DecoderLayer(norms[0], attention, norms[1], mlp)
 
     def _moe(self, plan: MoEPlan) -> MoE:
         config = self._config
         router = Router(
-            self._linear(plan.router, "router", torch.float32),
+            self._linear(plan.router, torch.float32),
             self._bias(plan.correction_bias),
             config.num_experts_per_token,
             config.norm_min,
         )
-        shared = self._mlp(plan.shared, "shared experts") if plan.shared else None
+        shared = self._mlp(plan.shared) if plan.shared else None
         return MoE(router, self._experts(plan), shared)
 
     def _experts(self, plan: MoEPlan) -> ExpertWeights:
@@ -115,45 +126,45 @@ class _Loader:
 
     def _decoded(self, plan: MoEPlan) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for expert in plan.experts:
-            yield self._dense(expert.up_gate, "experts"), self._dense(expert.down, "experts")
+            yield self._dense(expert.up_gate), self._dense(expert.down)
 
-    def _mlp(self, plan: MLPPlan, kind: str) -> SwiGLU:
-        return SwiGLU(self._linear(plan.up_gate, kind), self._linear(plan.down, kind))
+    def _mlp(self, plan: MLPPlan) -> SwiGLU:
+        return SwiGLU(self._linear(plan.up_gate), self._linear(plan.down))
 
     def _norm(self, stored: StoredVector) -> RMSNorm:
-        return RMSNorm(self._tensor(stored, "norms"), self._config.rms_norm_eps)
+        return RMSNorm(self._tensor(stored), self._config.rms_norm_eps)
 
     def _bias(self, stored: StoredVector | None) -> torch.Tensor:
         if stored is None:
             return torch.zeros(self._config.num_experts, device=self._device)
-        return self._tensor(stored, "router", torch.float32).flatten()
+        return self._tensor(stored, torch.float32).flatten()
 
     def _head(self, stored: StoredLinear | None, embedding_VD: torch.Tensor) -> Linear:
         if stored is not None:
-            return self._linear(stored, "head")
+            return self._linear(stored)
         head = Linear(pack_dense(embedding_VD))
         if head.weight.is_packed:
             self._held["head"] += head.nbytes
         return head
 
-    def _linear(self, stored: StoredLinear, kind: str, dtype: torch.dtype | None = None) -> Linear:
-        linear = Linear(pack_dense(self._dense(stored, kind, dtype)))
-        self._held[kind] += linear.nbytes
+    def _linear(self, stored: StoredLinear, dtype: torch.dtype | None = None) -> Linear:
+        linear = Linear(pack_dense(self._dense(stored, dtype)))
+        self._held[stored.kind] += linear.nbytes
         return linear
 
-    def _dense(self, stored: StoredLinear, kind: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def _dense(self, stored: StoredLinear, dtype: torch.dtype | None = None) -> torch.Tensor:
         weight_NK = stored.dense(self._k_order).to(self._device, dtype or self._dtype)
-        self._count(kind, stored.stored_bytes)
+        self._count(stored)
         return weight_NK
 
-    def _tensor(self, stored: StoredVector, kind: str, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def _tensor(self, stored: StoredVector, dtype: torch.dtype | None = None) -> torch.Tensor:
         # Copied, for a tensor of the mapped file would end with the file.
         tensor = stored.dense().to(self._device, dtype or self._dtype, copy=True)
-        self._count(kind, stored.stored_bytes)
-        self._held[kind] += tensor.nbytes
+        self._count(stored)
+        self._held[stored.kind] += tensor.nbytes
         return tensor
 
-    def _count(self, kind: str, num_bytes: int) -> None:
-        self._stored[kind] += num_bytes
+    def _count(self, stored: StoredLinear | StoredVector) -> None:
+        self._stored[stored.kind] += stored.stored_bytes
         if self._progress is not None:
             self._progress(self._stored.total(), self._total_bytes)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from gpu_worker.config import ModelConfig
 from gpu_worker.model.checkpoint import Checkpoint
 from gpu_worker.model.errors import CheckpointError
-from gpu_worker.model.stored_weight import StoredLinear, StoredVector
+from gpu_worker.model.stored_weight import Kind, StoredLinear, StoredVector
 from gpu_worker.model.tensor_finder import Layout, TensorFinder, detect_layout
 
 
@@ -16,6 +17,9 @@ class MLPPlan:
     up_gate: StoredLinear
     down: StoredLinear
 
+    def weights(self) -> Iterator[StoredLinear | StoredVector]:
+        yield from (self.up_gate, self.down)
+
 
 @dataclass(frozen=True, slots=True)
 class MoEPlan:
@@ -23,6 +27,12 @@ class MoEPlan:
     correction_bias: StoredVector | None
     experts: tuple[MLPPlan, ...]
     shared: MLPPlan | None
+
+    def weights(self) -> Iterator[StoredLinear | StoredVector]:
+        yield self.router
+        yield from (self.correction_bias,) if self.correction_bias else ()
+        for mlp in (*self.experts, *((self.shared,) if self.shared else ())):
+            yield from mlp.weights()
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +55,32 @@ class ModelPlan:
     lm_head: StoredLinear | None
     notes: tuple[str, ...]  # what was left out, for the log
 
+    def weights(self) -> Iterator[StoredLinear | StoredVector]:
+        """Every weight once, in no particular order."""
+        yield from (self.embedding, self.final_norm)
+        yield from (self.lm_head,) if self.lm_head else ()
+        for layer in self.layers:
+            yield from (layer.input_norm, layer.qkv, layer.o, layer.post_attention_norm)
+            yield from layer.mlp.weights()
+
+    @property
+    def stored_bytes(self) -> int:
+        return sum(weight.stored_bytes for weight in self.weights())
+
 
 def plan_model(config: ModelConfig, checkpoint: Checkpoint) -> ModelPlan:
     """Find and check every weight. Raises CheckpointError with everything that is missing or misshapen."""
-    finder = TensorFinder(checkpoint, detect_layout(checkpoint))
+    return plan_with(config, TensorFinder(checkpoint, detect_layout(checkpoint)))
+
+
+def plan_with(config: ModelConfig, finder: TensorFinder) -> ModelPlan:
+    """The model's weights as `finder` finds them. Raises CheckpointError with all of its problems."""
     hidden_size = config.hidden_size
     plan = ModelPlan(
         finder.layout,
-        finder.vector("embed_tokens.weight", (config.vocab_size, hidden_size), "outputs"),
+        finder.vector("embed_tokens.weight", "embedding", (config.vocab_size, hidden_size), "outputs"),
         tuple(_plan_layer(config, finder, index) for index in range(config.num_hidden_layers)),
-        finder.vector("norm.weight", (hidden_size,)),
+        finder.vector("norm.weight", "norms", (hidden_size,)),
         _plan_lm_head(config, finder),
         finder.notes(),
     )
@@ -66,34 +92,34 @@ def plan_model(config: ModelConfig, checkpoint: Checkpoint) -> ModelPlan:
 def _plan_layer(config: ModelConfig, finder: TensorFinder, index: int) -> LayerPlan:
     layer, hidden = f"layers.{index}.", config.hidden_size
     query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    is_moe = config.is_moe_layer(index)
+    qkv = finder.layout.qkv
     return LayerPlan(
-        finder.vector(f"{layer}input_layernorm.weight", (hidden,)),
-        finder.fused(f"{layer}self_attn.", finder.layout.qkv, hidden, (query, key, key)),
-        finder.linear(f"{layer}self_attn.o_proj", query, hidden, "inputs"),
-        finder.vector(f"{layer}post_attention_layernorm.weight", (hidden,)),
+        finder.vector(f"{layer}input_layernorm.weight", "norms", (hidden,)),
+        finder.fused(f"{layer}self_attn.", "attention", qkv, hidden, (query, key, key)),
+        finder.linear(f"{layer}self_attn.o_proj", "attention", query, hidden, "inputs"),
+        finder.vector(f"{layer}post_attention_layernorm.weight", "norms", (hidden,)),
         _plan_moe(config, finder, f"{layer}mlp.")
-        if is_moe
-        else _plan_mlp(finder, f"{layer}mlp.", hidden, config.intermediate_size),
+        if config.is_moe_layer(index)
+        else _plan_mlp(finder, f"{layer}mlp.", "dense MLP", hidden, config.intermediate_size),
     )
 
 
 def _plan_moe(config: ModelConfig, finder: TensorFinder, prefix: str) -> MoEPlan:
     hidden, inner = config.hidden_size, config.moe_intermediate_size
     bias, shared = f"{prefix}moe_statics.e_score_correction_bias", inner * config.num_shared_experts
-    experts = range(config.num_experts)
+    experts = [f"{prefix}experts.{expert}." for expert in range(config.num_experts)]
     return MoEPlan(
-        finder.linear(f"{prefix}gate", hidden, config.num_experts, "none"),
-        finder.vector(bias, (1, config.num_experts)) if bias in finder else None,
-        tuple(_plan_mlp(finder, f"{prefix}experts.{expert}.", hidden, inner) for expert in experts),
-        _plan_mlp(finder, f"{prefix}shared_experts.", hidden, shared) if shared else None,
+        finder.linear(f"{prefix}gate", "router", hidden, config.num_experts, "none"),
+        finder.vector(bias, "router", (1, config.num_experts)) if bias in finder else None,
+        tuple(_plan_mlp(finder, expert, "experts", hidden, inner) for expert in experts),
+        _plan_mlp(finder, f"{prefix}shared_experts.", "shared experts", hidden, shared) if shared else None,
     )
 
 
-def _plan_mlp(finder: TensorFinder, prefix: str, hidden: int, inner: int) -> MLPPlan:
+def _plan_mlp(finder: TensorFinder, prefix: str, kind: Kind, hidden: int, inner: int) -> MLPPlan:
     return MLPPlan(
-        finder.fused(prefix, finder.layout.up_gate, hidden, (inner, inner)),
-        finder.linear(f"{prefix}down_proj", inner, hidden, "inputs"),
+        finder.fused(prefix, kind, finder.layout.up_gate, hidden, (inner, inner)),
+        finder.linear(f"{prefix}down_proj", kind, inner, hidden, "inputs"),
     )
 
 

@@ -9,10 +9,10 @@ import itertools
 import json
 import math
 import mmap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -35,6 +35,14 @@ _DTYPES = {
 }
 
 
+Transfer = Callable[[torch.Tensor], torch.Tensor]
+
+
+def keep(tensor: torch.Tensor) -> torch.Tensor:
+    """The transfer of a model that computes on the CPU: none."""
+    return tensor
+
+
 class HeaderError(ValueError):
     """A file that is no safetensors file, or a damaged one; `problems` holds all that was found."""
 
@@ -43,12 +51,24 @@ class HeaderError(ValueError):
         self.problems = problems
 
 
+class TensorFile(Protocol):
+    """What holds tensors: a mapped file, or something that makes them up."""
+
+    path: Path
+
+    def read(self, tensor: StoredTensor) -> torch.Tensor:
+        """The tensor, on the CPU over the file's own pages or wherever the file brings it."""
+
+    def release(self, tensor: StoredTensor) -> None:
+        """Let the tensor's pages go, so that a process's size does not grow to its checkpoint's."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor in a file: where, and as what."""
 
     name: str
-    file: SafetensorsFile
+    file: TensorFile
     dtype: torch.dtype
     shape: tuple[int, ...]
     begin: int  # in the file
@@ -58,19 +78,23 @@ class StoredTensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> torch.Tensor:
-        """The tensor over the file's own pages; writing to it would not reach the file."""
-        if not self.nbytes:
-            return torch.empty(self.shape, dtype=self.dtype)
-        count = math.prod(self.shape)
-        flat = torch.frombuffer(self.file.memory, dtype=self.dtype, count=count, offset=self.begin)
-        return flat.view(self.shape)
+        """The tensor; over the file's own pages where it stays on the CPU."""
+        return self.file.read(self)
+
+    def release(self) -> None:
+        """To be called when what was read is no longer needed, or was copied."""
+        self.file.release(self)
 
 
 class SafetensorsFile:
-    """A mapped file and its checked tensors. Raises HeaderError; OSError if it cannot be opened."""
+    """A mapped file and its checked tensors. Raises HeaderError; OSError if it cannot be opened.
 
-    def __init__(self, path: Path) -> None:
+    Tensors are read through `transfer`, which may bring them to a device.
+    """
+
+    def __init__(self, path: Path, transfer: Transfer = keep) -> None:
         self.path = path
+        self._transfer = transfer
         with path.open("rb") as file:
             size = path.stat().st_size
             header_bytes = _read_header(path.name, file.read(8), size)
@@ -78,6 +102,18 @@ class SafetensorsFile:
             # Copy-on-write: torch wants writable memory, and the file stays as it is.
             self.memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
         self.tensors = self._check(header, data_begin=8 + header_bytes, size=size)
+
+    def read(self, tensor: StoredTensor) -> torch.Tensor:
+        """The tensor over the file's own pages, transferred; writing to it would not reach the file."""
+        if not tensor.nbytes:
+            return self._transfer(torch.empty(tensor.shape, dtype=tensor.dtype))
+        count = math.prod(tensor.shape)
+        flat = torch.frombuffer(self.memory, dtype=tensor.dtype, count=count, offset=tensor.begin)
+        return self._transfer(flat.view(tensor.shape))
+
+    def release(self, tensor: StoredTensor) -> None:
+        begin = tensor.begin - tensor.begin % mmap.PAGESIZE
+        self.memory.madvise(mmap.MADV_DONTNEED, begin, tensor.begin + tensor.nbytes - begin)
 
     def _check(self, header: dict[str, Any], data_begin: int, size: int) -> dict[str, StoredTensor]:
         problems: list[str] = []

@@ -27,6 +27,9 @@ from gpu_worker.model.safetensors_file import StoredTensor
 # Which axis the ranks of a tensor-parallel checkpoint cut: outputs, inputs, or none (each holds all).
 Cut = Literal["outputs", "inputs", "none"]
 
+# What a weight is in the model: the lines of a memory table.
+Kind = Literal["embedding", "attention", "dense MLP", "router", "experts", "shared experts", "norms", "head"]
+
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -44,8 +47,13 @@ class StoredVector:
     """A norm weight, bias, or embedding: full precision, the same in both layouts."""
 
     name: str
+    kind: Kind
     ranks: tuple[StoredTensor, ...]
     cut: Cut = "none"
+
+    @property
+    def format(self) -> QuantFormat:
+        return "none"
 
     @property
     def stored_bytes(self) -> int:
@@ -62,6 +70,7 @@ class StoredLinear:
     """A projection of K inputs to N outputs; `sections` are the outputs fused in it (q, k, v or gate, up)."""
 
     name: str
+    kind: Kind
     format: QuantFormat
     is_in_out: bool  # a full-precision weight lies [K, N]
     num_inputs: int

@@ -14,6 +14,7 @@ from gpu_worker.model.stored_weight import (
     FLOATS,
     Cut,
     Expected,
+    Kind,
     StoredLinear,
     StoredVector,
     expected_tensors,
@@ -66,27 +67,27 @@ class TensorFinder:
     def has_lm_head(self) -> bool:
         return "lm_head.weight" in self._ranks[0]
 
-    def vector(self, name: str, shape: tuple[int, ...], cut: Cut = "none") -> StoredVector:
+    def vector(self, name: str, kind: Kind, shape: tuple[int, ...], cut: Cut = "none") -> StoredVector:
         full = self.layout.prefix + name
         if cut == "outputs":
             shape = (shape[0] // len(self._ranks), *shape[1:])
         found = [self._find(rank, {full: Expected(full, FLOATS, shape)}) for rank in self._ranks]
-        return StoredVector(full, tuple(tensors[full] for tensors in found if tensors), cut)
+        return StoredVector(full, kind, tuple(tensors[full] for tensors in found if tensors), cut)
 
-    def linear(self, name: str, num_inputs: int, num_outputs: int, cut: Cut) -> StoredLinear:
+    def linear(self, name: str, kind: Kind, num_inputs: int, num_outputs: int, cut: Cut) -> StoredLinear:
         """A projection that every layout stores whole."""
-        return self._linear((self.layout.prefix + name,), num_inputs, (num_outputs,), cut)
+        return self._linear((self.layout.prefix + name,), kind, num_inputs, (num_outputs,), cut)
 
     def fused(
-        self, prefix: str, parts: tuple[str, ...], num_inputs: int, sections: tuple[int, ...]
+        self, prefix: str, kind: Kind, parts: tuple[str, ...], num_inputs: int, sections: tuple[int, ...]
     ) -> StoredLinear:
         """A projection that Paddle stores whole and Hugging Face in parts, one for each of its sections."""
         stems = tuple(f"{self.layout.prefix}{prefix}{part}" for part in parts)
-        return self._linear(stems, num_inputs, sections, "outputs")
+        return self._linear(stems, kind, num_inputs, sections, "outputs")
 
     def lm_head(self, num_inputs: int, num_outputs: int) -> StoredLinear:
         """The head, whose name has no prefix."""
-        return self._linear(("lm_head",), num_inputs, (num_outputs,), "outputs")
+        return self._linear(("lm_head",), "head", num_inputs, (num_outputs,), "outputs")
 
     def notes(self) -> tuple[str, ...]:
         """What the checkpoint has beyond the model, one line a kind."""
@@ -100,15 +101,19 @@ class TensorFinder:
         return tuple(notes)
 
     def _linear(
-        self, stems: tuple[str, ...], num_inputs: int, sections: tuple[int, ...], cut: Cut
+        self, stems: tuple[str, ...], kind: Kind, num_inputs: int, sections: tuple[int, ...], cut: Cut
     ) -> StoredLinear:
         count = len(self._ranks)
         rank_inputs = num_inputs // count if cut == "inputs" else num_inputs
         rank_sections = tuple(size // count for size in sections) if cut == "outputs" else sections
-        quant_format = stored_format(self._ranks[0], stems[0], sum(rank_sections))
+        quant_format = self._format(stems[0], kind, sum(rank_sections))
         expected = self._expected(stems, quant_format, rank_inputs, rank_sections)
         ranks = tuple(self._find(tensors, expected) for tensors in self._ranks)
-        return StoredLinear(stems[0], quant_format, self.layout.is_in_out, num_inputs, sections, cut, ranks)
+        is_in_out = self.layout.is_in_out
+        return StoredLinear(stems[0], kind, quant_format, is_in_out, num_inputs, sections, cut, ranks)
+
+    def _format(self, stem: str, kind: Kind, num_outputs: int) -> QuantFormat:
+        return stored_format(self._ranks[0], stem, num_outputs)
 
     def _expected(
         self, stems: tuple[str, ...], quant_format: QuantFormat, num_inputs: int, sections: tuple[int, ...]
