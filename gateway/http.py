@@ -15,9 +15,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from gateway import responses, translate
+from gateway.access import Access
 from gateway.chat_schemas import ChatCompletionRequest
 from gateway.chat_view import ChatView, chat_syntax
-from gateway.access import Access
 from gateway.http_errors import from_service_error
 from gateway.metrics import GatewayMetrics
 from gateway.pipeline import Pipeline
