@@ -2,126 +2,97 @@
 
 from __future__ import annotations
 
-import time
-import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from typing import Any
 
-from google.protobuf.struct_pb2 import Struct
-
-from gateway.fields import MAX_STOPS
+from gateway import grpc_messages as messages
+from gateway.access import logged
+from gateway.deadline import within
 from gateway.pipeline import Pipeline
 from gateway.readiness import Readiness
-from gateway.requests import Event, Finished, Prompt, TextPiece, TextRequest
+from gateway.requests import Event, TextRequest
 from gateway.settings import GatewaySettings
-from protos.rpc.errors import InvalidArgumentError
 from protos.rpc.interceptor import Context
 from protos.rpc.server import Service
+from protos.wint2.common.v1.common_pb2 import TokenIds
 from protos.wint2.gateway.v1 import gateway_pb2 as pb
 from protos.wint2.gateway.v1 import gateway_pb2_grpc
-from protos.wint2.tokenizer.v1.tokenizer_pb2 import ApplyChatTemplateRequest
 
 DESCRIPTOR = pb.DESCRIPTOR.services_by_name["GatewayService"]
 
 
 def gateway_service(pipeline: Pipeline, readiness: Readiness, settings: GatewaySettings) -> Service:
-    servicer = GatewayServicer(pipeline, readiness, settings.request_timeout)
+    servicer = GatewayServicer(pipeline, readiness, settings)
     return Service(DESCRIPTOR, gateway_pb2_grpc.add_GatewayServiceServicer_to_server, servicer)
 
 
 class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
-    def __init__(self, pipeline: Pipeline, readiness: Readiness, request_timeout: float) -> None:
+    def __init__(self, pipeline: Pipeline, readiness: Readiness, settings: GatewaySettings) -> None:
         self._pipeline = pipeline
         self._readiness = readiness
-        self._request_timeout = request_timeout
+        self._settings = settings
+
+    async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
+        taken = messages.generate(request, context.time_remaining(), self._settings)
+        return pb.GenerateResponse(completions=await self._fold(taken))
 
     async def GenerateStream(
         self, request: pb.GenerateStreamRequest, context: Context
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
-        kind = request.WhichOneof("prompt")
-        if kind is None:
-            raise InvalidArgumentError("a prompt is required: text or token_ids", field="prompt")
-        prompt: Prompt = request.text if kind == "text" else list(request.token_ids.ids)
-        if not prompt:
-            raise InvalidArgumentError("the prompt is empty", field=kind)
-        async with aclosing(self._run("cmpl", request, prompt, context)) as events:
+        taken = messages.generate(request, context.time_remaining(), self._settings)
+        async with aclosing(self._run(taken)) as events:
             async for event in events:
-                yield pb.GenerateStreamResponse(**event)
+                yield pb.GenerateStreamResponse(**messages.event_field(event))
+
+    async def Chat(self, request: pb.ChatRequest, context: Context) -> pb.ChatResponse:
+        taken = messages.chat(request, context.time_remaining(), self._settings)
+        return pb.ChatResponse(completions=await self._fold(taken))
 
     async def ChatStream(
         self, request: pb.ChatStreamRequest, context: Context
     ) -> AsyncIterator[pb.ChatStreamResponse]:
-        if not request.messages:
-            raise InvalidArgumentError("at least one message is required", field="messages")
-        template = ApplyChatTemplateRequest(
-            messages=[as_struct(*numbered) for numbered in enumerate(request.messages)],
-            template_kwargs=request.chat_template_kwargs,
-        )
-        async with aclosing(self._run("chatcmpl", request, template, context)) as events:
+        taken = messages.chat(request, context.time_remaining(), self._settings)
+        async with aclosing(self._run(taken)) as events:
             async for event in events:
-                yield pb.ChatStreamResponse(**event)
+                yield pb.ChatStreamResponse(**messages.event_field(event))
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         return pb.ListModelsResponse(models=self._readiness.models())
 
-    async def _run(
-        self,
-        kind: str,
-        request: pb.GenerateStreamRequest | pb.ChatStreamRequest,
-        prompt: Prompt,
-        context: Context,
-    ) -> AsyncGenerator[dict[str, Any]]:
-        check_stop(request.stop)
-        allowed = context.time_remaining()
-        text_request = TextRequest(
-            request_id=f"{kind}-{uuid.uuid4().hex}",
-            model=request.model,
-            prompts=[prompt],
-            deadline=time.monotonic() + min(self._request_timeout, allowed or self._request_timeout),
-            sampling_params=request.sampling_params,
-            stop=list(request.stop),
-            include_stop=request.include_stop,
-            priority=request.priority,
-            cache_salt=request.cache_salt if request.HasField("cache_salt") else None,
+    async def Tokenize(self, request: pb.TokenizeRequest, context: Context) -> pb.TokenizeResponse:
+        messages.check_batch(request.texts, "texts")
+        token_ids = await self._pipeline.tokenizer.encode(
+            request.texts,
+            add_special_tokens=not request.HasField("add_special_tokens") or request.add_special_tokens,
+            timeout=self._timeout(context),
         )
-        prompts = await self._pipeline.encode(text_request)
-        async with aclosing(self._pipeline.run(text_request, prompts)) as events:
-            async for event in events:
-                if fields := as_fields(event):
-                    yield fields
+        return pb.TokenizeResponse(token_ids=[TokenIds(ids=ids) for ids in token_ids])
 
-
-def as_fields(event: Event) -> dict[str, Any]:
-    """The event as a field of a response's oneof; nothing for what this API does not tell."""
-    if isinstance(event, TextPiece):
-        delta = pb.TextDelta(text=event.text, token_ids=event.token_ids, logprobs=event.logprobs)
-        return {"delta": delta}
-    if not isinstance(event, Finished):
-        return {}
-    finish = pb.CompletionFinish(
-        reason=event.reason,
-        matched_stop=event.matched_stop,
-        stop_token_id=event.stop_token_id,
-        usage=event.usage,
-        timings=event.timings,
-    )
-    return {"finish": finish}
-
-
-def as_struct(index: int, message: pb.ChatMessage) -> Struct:
-    if message.role not in ("system", "user", "assistant"):
-        raise InvalidArgumentError(
-            f'is "{message.role:.50}"; it must be "system", "user" or "assistant"',
-            field=f"messages.{index}.role",
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: Context) -> pb.DetokenizeResponse:
+        messages.check_batch(request.token_ids, "token_ids")
+        is_skipping = not request.HasField("skip_special_tokens") or request.skip_special_tokens
+        tokenizer = self._pipeline.tokenizer
+        texts = asyncio.gather(
+            *(tokenizer.decode(run.ids, skip_special_tokens=is_skipping) for run in request.token_ids)
         )
-    result = Struct()
-    result.update({"role": message.role, "content": message.content})
-    return result
+        return pb.DetokenizeResponse(texts=await within(self._timeout(context), texts))
 
+    async def _fold(self, request: TextRequest) -> list[pb.Completion]:
+        async with aclosing(self._run(request)) as events:
+            return messages.completions([event async for event in events])
 
-def check_stop(stop: Sequence[str]) -> None:
-    if len(stop) > MAX_STOPS:
-        raise InvalidArgumentError(f"has {len(stop)} strings; at most {MAX_STOPS} are taken", field="stop")
-    if not all(stop):
-        raise InvalidArgumentError("holds an empty string", field="stop")
+    async def _run(self, request: TextRequest) -> AsyncGenerator[Event]:
+        """The request's events; its access line when they end."""
+        with logged(request.request_id) as access:
+            prompts = await self._pipeline.encode(request)
+            access.num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+            async with aclosing(self._pipeline.run(request, prompts)) as events:
+                async for event in events:
+                    access.on_event(event)
+                    yield event
+
+    def _timeout(self, context: Context) -> float:
+        remaining = context.time_remaining()
+        most = self._settings.request_timeout
+        return most if remaining is None else min(most, remaining)

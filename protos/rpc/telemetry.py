@@ -60,7 +60,7 @@ class TextFormatter(logging.Formatter):
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line."""
+    """One JSON object a line, with whatever a record brings as `extra={"fields": {…}}`."""
 
     def __init__(self, service: str) -> None:
         super().__init__()
@@ -76,6 +76,7 @@ class JsonFormatter(logging.Formatter):
         }
         if request_id := current_request_id():
             fields["request_id"] = request_id
+        fields |= getattr(record, "fields", {})
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
         return json.dumps(fields, ensure_ascii=False)
