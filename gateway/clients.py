@@ -16,6 +16,7 @@ from gateway.detokenize import DetokenizeSession, DetokenizeStream
 from gateway.scheduler.dispatcher import Dispatcher
 from protos.rpc.channel import open_channel
 from protos.rpc.errors import InternalError, ServiceError, UnavailableError, from_rpc_error
+from protos.rpc.security import PLAINTEXT, Security
 from protos.rpc.telemetry import outgoing_metadata
 from protos.wint2.scheduler.v1 import scheduler_pb2, scheduler_pb2_grpc
 from protos.wint2.tokenizer.v1 import tokenizer_pb2, tokenizer_pb2_grpc
@@ -129,7 +130,8 @@ class _Link:
 class WorkerClient:
     """Generate calls to any number of workers; a connection each, kept while it is of use."""
 
-    def __init__(self) -> None:
+    def __init__(self, security: Security = PLAINTEXT) -> None:
+        self._security = security
         self._links: dict[str, _Link] = {}
 
     async def generate(
@@ -175,7 +177,7 @@ class WorkerClient:
             await link.channel.close()
 
     def _connect(self, address: str) -> _Link:
-        channel = open_channel(address)
+        channel = open_channel(address, self._security)
         link = self._links[address] = _Link(channel, worker_pb2_grpc.WorkerServiceStub(channel))
         return link
 

@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import logging
 import socket
+import ssl
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Self
 
 import uvicorn
@@ -30,11 +32,17 @@ class _Uvicorn(uvicorn.Server):
 class HttpServer:
     """Serves `app` while `running` is open. `port` is the bound one."""
 
-    def __init__(self, app: ASGIApp, host: str, port: int) -> None:
+    def __init__(self, app: ASGIApp, host: str, port: int, tls: ssl.SSLContext | None = None) -> None:
         self._socket = bind(host, port)
         self.port: int = self._socket.getsockname()[1]
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, lifespan="off", server_header=False, backlog=BACKLOG
+            app,
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            server_header=False,
+            backlog=BACKLOG,
+            ssl_context_factory=None if tls is None else lambda _config, _default: tls,
         )
         self._server = _Uvicorn(config)
 
@@ -74,3 +82,17 @@ def bind(host: str, port: int) -> socket.socket:
         raise StartupError(f"cannot listen on {host}:{port}: port {port}: {reason}") from error
     listener.setblocking(False)
     return listener
+
+
+def read_http_tls(certificate: Path | None, key: Path | None) -> ssl.SSLContext | None:
+    """The server's side of TLS. StartupError if a file is missing or of no use."""
+    if (certificate is None) != (key is None):
+        raise StartupError("--http-tls-cert and --http-tls-key go together: one of them is missing")
+    if certificate is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(certificate, key)
+    except OSError as error:
+        raise StartupError(f"--http-tls-cert {certificate} and --http-tls-key {key}: {error}") from error
+    return context

@@ -26,6 +26,10 @@ class GatewaySettings(SchedulerFlags):
         "127.0.0.1:8182",
         description='gRPC address of the text API and the scheduler: "host:port" or "unix:/path"',
     )
+    http_tls_cert: Path | None = Field(
+        None, description="PEM certificate (chain) of the HTTP API, which then speaks HTTPS"
+    )
+    http_tls_key: Path | None = Field(None, description="PEM private key of --http-tls-cert")
     tokenizer: str = Field(description="address of the tokenizer service")
     scheduler: str | None = Field(
         None, description="address of a scheduler that several gateways share; default: host one here"

@@ -11,7 +11,7 @@ from gateway.api_keys import ApiKeys
 from gateway.app import build_app, openai_routes, state_routes, tokenize_routes
 from gateway.clients import LocalScheduler, RemoteScheduler, SchedulerClient, TokenizerClient, WorkerClient
 from gateway.http import OpenAiApi
-from gateway.http_server import HttpServer
+from gateway.http_server import HttpServer, read_http_tls
 from gateway.metrics import GatewayMetrics
 from gateway.pipeline import Pipeline
 from gateway.playground import Playground, playground_routes
@@ -26,6 +26,7 @@ from gateway.settings import GatewaySettings
 from gateway.tokenize import TokenizeApi
 from protos.rpc.channel import open_channel
 from protos.rpc.interceptor import Authenticate
+from protos.rpc.security import Security
 from protos.rpc.server import GrpcServer
 from protos.rpc.telemetry import start_metrics_server
 
@@ -50,13 +51,15 @@ class Gateway:
 async def running(settings: GatewaySettings) -> AsyncIterator[Gateway]:
     """A gateway that serves while this is open. StartupError if a port is taken."""
     async with contextlib.AsyncExitStack() as stack:
+        security = settings.read_security()
         keys = ApiKeys(settings.api_key, settings.api_key_file)
         services = [GATEWAY] if settings.scheduler else [GATEWAY, SCHEDULER]
-        grpc_server = GrpcServer(settings.listen, services, authenticate=guard(keys))
+        grpc_server = GrpcServer(settings.listen, services, security=security, authenticate=guard(keys))
         grpc_address = await grpc_server.start()
         stack.push_async_callback(grpc_server.stop)
-        scheduler = await find_scheduler(settings, grpc_server, stack)
-        tokenizer, workers = TokenizerClient(open_channel(settings.tokenizer)), WorkerClient()
+        scheduler = await find_scheduler(settings, security, grpc_server, stack)
+        tokenizer = TokenizerClient(open_channel(settings.tokenizer, security))
+        workers = WorkerClient(security)
         stack.push_async_callback(tokenizer.close)
         stack.push_async_callback(workers.close)
         metrics = GatewayMetrics()
@@ -70,7 +73,8 @@ async def running(settings: GatewaySettings) -> AsyncIterator[Gateway]:
             playground_routes(Playground(readiness, scheduler)),
         )
         app = build_app(routers, metrics, keys, settings)
-        http_server = HttpServer(app, settings.http_host, settings.http_port)
+        tls = read_http_tls(settings.http_tls_cert, settings.http_tls_key)
+        http_server = HttpServer(app, settings.http_host, settings.http_port, tls)
         await stack.enter_async_context(http_server.running())
         if settings.metrics_port not in (None, http_server.port):
             stack.callback(start_metrics_server(settings.metrics_port or 0, metrics.registry).close)
@@ -89,11 +93,12 @@ def guard(keys: ApiKeys) -> Authenticate:
 
 
 async def find_scheduler(
-    settings: GatewaySettings, server: GrpcServer, stack: contextlib.AsyncExitStack
+    settings: GatewaySettings, security: Security, server: GrpcServer, stack: contextlib.AsyncExitStack
 ) -> SchedulerClient:
     """The shared one if there is one, otherwise one hosted here."""
     if settings.scheduler is not None:
-        return RemoteScheduler(await stack.enter_async_context(open_channel(settings.scheduler)))
+        channel = open_channel(settings.scheduler, security)
+        return RemoteScheduler(await stack.enter_async_context(channel))
     dispatcher = Dispatcher(Scheduler(settings.scheduler_config()))
     await stack.enter_async_context(dispatcher.running())
     server.add(scheduler_service(dispatcher))

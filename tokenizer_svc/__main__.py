@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 async def main(settings: TokenizerSettings, shutdown: Shutdown) -> None:
     configure_logging(settings.log_level, "tokenizer", settings.log_format)
-    server = GrpcServer(settings.listen, [DESCRIPTOR])
+    server = GrpcServer(settings.listen, [DESCRIPTOR], security=settings.read_security())
     await server.start()
     tokenizer = await asyncio.to_thread(
         load_tokenizer, settings.model, settings.chat_template, settings.template_limits

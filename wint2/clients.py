@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from protos.rpc.channel import open_channel, wait_serving
+from protos.rpc.security import PLAINTEXT, Security
 from protos.wint2.worker.v1 import worker_pb2, worker_pb2_grpc
 
 PREFIXES = ("", "k", "M", "G", "T")
@@ -40,15 +41,17 @@ def _si(count: float, unit: str = "") -> str:
     return f"{count / 1000**power:.3g} {PREFIXES[power]}{unit}"
 
 
-async def wait_until_serving(address: str, timeout_seconds: float, service: str = "") -> None:
+async def wait_until_serving(
+    address: str, timeout_seconds: float, service: str = "", security: Security = PLAINTEXT
+) -> None:
     """Returns once the service at `address` is SERVING. Raises UnavailableError."""
-    async with open_channel(address) as channel:
+    async with open_channel(address, security) as channel:
         await wait_serving(channel, service, timeout_seconds=timeout_seconds)
 
 
-async def ask_worker(address: str) -> WorkerFacts:
+async def ask_worker(address: str, security: Security = PLAINTEXT) -> WorkerFacts:
     """Asks a serving worker about its model and itself."""
-    async with open_channel(address) as channel:
+    async with open_channel(address, security) as channel:
         stub = worker_pb2_grpc.WorkerServiceStub(channel)
         return WorkerFacts(
             model=await stub.GetModelInfo(worker_pb2.GetModelInfoRequest(), timeout=10),

@@ -10,11 +10,12 @@ from collections.abc import Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
+from protos.rpc.security import PLAINTEXT, Security
 from protos.rpc.telemetry import configure_logging
 from wint2.child import Child
 from wint2.clients import ask_worker, wait_until_serving
 from wint2.errors import EXIT_FAILED, EXIT_WRONG_INPUT, CommandError
-from wint2.preflight import check_model, check_ports
+from wint2.preflight import check_model, check_ports, check_security
 from wint2.settings import ServeSettings
 from wint2.stack import Stack, plan_stack, used_ports
 
@@ -29,16 +30,18 @@ def serve(settings: ServeSettings) -> None:
     configure_logging(settings.log_level, "wint2", settings.log_format)
     check_model(settings.model, settings.tokenizer, needs_weights=settings.load_format != "dummy")
     check_ports(settings.host, used_ports(settings))
+    security = check_security(settings)
     with tempfile.TemporaryDirectory(prefix="wint2-") as folder:
         stack = plan_stack(settings, Path(folder))
-        asyncio.run(Launcher(stack, settings.drain_timeout).run())
+        asyncio.run(Launcher(stack, settings.drain_timeout, security).run())
 
 
 class Launcher:
     """Owns the children from the first to the last of them."""
 
-    def __init__(self, stack: Stack, drain_seconds: float) -> None:
+    def __init__(self, stack: Stack, drain_seconds: float, security: Security = PLAINTEXT) -> None:
         self._stack = stack
+        self._security = security
         self._drain_seconds = drain_seconds
         self._children: list[Child] = []
         self._stop_requested = asyncio.Event()
@@ -82,9 +85,12 @@ class Launcher:
     async def _announce(self) -> None:
         """Waits until everything serves, and prints what was found."""
         await asyncio.gather(
-            *(wait_until_serving(service.address, START_SECONDS) for service in self._stack.services)
+            *(
+                wait_until_serving(service.address, START_SECONDS, security=self._security)
+                for service in self._stack.services
+            )
         )
-        facts = [await ask_worker(worker.address) for worker in self._stack.workers]
+        facts = [await ask_worker(worker.address, self._security) for worker in self._stack.workers]
         print("\n" + summarize(self._stack, facts[0].lines()), flush=True)
 
     async def _stop(self) -> None:

@@ -1,4 +1,4 @@
-"""What can be known to be wrong before any process starts: the model's directory and the ports."""
+"""What can be known to be wrong before any process starts: the model's directory, the ports, TLS files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from protos.rpc.errors import StartupError
+from protos.rpc.security import Security, read_security
 from wint2.errors import CommandError
+from wint2.settings import ServeSettings
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 INDEX = "model.safetensors.index.json"
@@ -105,3 +108,15 @@ def _listening_inodes(port: int) -> Iterator[str]:
             columns = line.split()
             if columns[3] == "0A" and int(columns[1].rpartition(":")[2], 16) == port:
                 yield f"socket:[{columns[9]}]"
+
+
+def check_security(settings: ServeSettings) -> Security:
+    """The TLS files of the stack's services, read. Raises CommandError."""
+    if settings.tls_cert is not None and settings.tls_ca is None:
+        raise CommandError("--tls-cert needs --tls-ca: the services call one another")
+    try:
+        return read_security(
+            settings.tls_cert, settings.tls_key, settings.tls_ca, is_mutual=settings.tls_client_auth
+        )
+    except StartupError as error:
+        raise CommandError(str(error)) from error

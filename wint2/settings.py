@@ -84,6 +84,12 @@ class ServeSettings(BaseSettings):
 
     api_key: StringList = Field((), repr=False, description="key that clients must send; may be repeated")
     api_key_file: Path | None = Field(None, description="file with one such key a line, read when it changes")
+    tls_cert: Path | None = Field(None, description="PEM certificate of every service's gRPC port")
+    tls_key: Path | None = Field(None, description="PEM private key of --tls-cert")
+    tls_ca: Path | None = Field(None, description="PEM authority that --tls-cert comes from")
+    tls_client_auth: bool = Field(False, description="gRPC callers must show a certificate of --tls-ca")
+    http_tls_cert: Path | None = Field(None, description="PEM certificate: the HTTP API speaks HTTPS")
+    http_tls_key: Path | None = Field(None, description="PEM private key of --http-tls-cert")
     request_timeout: float | None = Field(None, gt=0, description="seconds until a request is ended")
     max_waiting: Count | None = Field(None, description="most requests that wait for a worker")
     queue_timeout: float | None = Field(None, gt=0, description="seconds until a waiting request is refused")

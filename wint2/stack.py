@@ -27,8 +27,17 @@ WORKER_FLAGS = (
     "enable_prefix_caching",
     "enable_chunked_prefill",
 )
-GATEWAY_FLAGS = ("request_timeout", "max_waiting", "queue_timeout", "metrics_port", "api_key_file")
-COMMON_FLAGS = ("drain_timeout", "log_level", "log_format")
+GATEWAY_FLAGS = (
+    "request_timeout",
+    "max_waiting",
+    "queue_timeout",
+    "metrics_port",
+    "api_key_file",
+    "http_tls_cert",
+    "http_tls_key",
+)
+TLS_FLAGS = ("tls_cert", "tls_key", "tls_ca", "tls_client_auth")
+COMMON_FLAGS = ("drain_timeout", "log_level", "log_format", *TLS_FLAGS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +85,8 @@ def plan_stack(settings: ServeSettings, folder: Path) -> Stack:
     grpc_address = f"127.0.0.1:{used_ports(settings)['--grpc-port']}"
     tokenizer = _tokenizer(settings, f"unix:{folder}/tokenizer.sock")
     workers = tuple(_worker(settings, index, folder, grpc_address) for index in _workers(settings))
-    url = f"http://{'127.0.0.1' if settings.host in ('0.0.0.0', '::') else settings.host}"
+    scheme = "http" if settings.http_tls_cert is None else "https"
+    url = f"{scheme}://{'127.0.0.1' if settings.host in ('0.0.0.0', '::') else settings.host}"
     return Stack(
         tokenizer=tokenizer,
         workers=workers,

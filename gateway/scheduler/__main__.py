@@ -14,7 +14,7 @@ from protos.rpc.telemetry import configure_logging
 
 
 async def serve(settings: SchedulerSettings, shutdown: Shutdown) -> None:
-    server = GrpcServer(settings.listen, [DESCRIPTOR])
+    server = GrpcServer(settings.listen, [DESCRIPTOR], security=settings.read_security())
     address = await server.start()
     dispatcher = Dispatcher(Scheduler(settings.scheduler_config()))
     server.add(scheduler_service(dispatcher))

@@ -11,7 +11,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos.rpc.errors import UnavailableError
 from protos.rpc.security import PLAINTEXT, Security
-from protos.rpc.server import MAX_MESSAGE_BYTES
+from protos.rpc.server import MAX_MESSAGE_BYTES, is_unix
 
 OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
@@ -27,15 +27,24 @@ OPTIONS: tuple[tuple[str, int], ...] = (
     # Channels to one address are otherwise one connection, and share its backoff.
     ("grpc.use_local_subchannel_pool", 1),
 )
+# A socket's path is no name that a certificate could be for.
+UNIX_TLS_OPTIONS: tuple[tuple[str, str], ...] = (
+    ("grpc.ssl_target_name_override", "localhost"),
+    ("grpc.default_authority", "localhost"),
+)
 REWATCH_SECONDS = 0.1
 
 
 def open_channel(address: str, security: Security = PLAINTEXT) -> grpc.aio.Channel:
-    """A channel to "host:port" or "unix:/path"; it connects on first use and reconnects by itself."""
+    """A channel to "host:port" or "unix:/path"; it connects on first use and reconnects by itself.
+
+    With TLS, a certificate must be for the host, and behind a unix socket for "localhost".
+    """
     credentials = security.channel_credentials
     if credentials is None:
         return grpc.aio.insecure_channel(address, options=OPTIONS)
-    return grpc.aio.secure_channel(address, credentials, options=OPTIONS)
+    options = (*OPTIONS, *UNIX_TLS_OPTIONS) if is_unix(address) else OPTIONS
+    return grpc.aio.secure_channel(address, credentials, options=options)
 
 
 async def watch_health(channel: grpc.aio.Channel, service: str = "") -> AsyncGenerator[bool]:

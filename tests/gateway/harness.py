@@ -14,6 +14,7 @@ from openai import AsyncOpenAI
 from gateway.settings import GatewaySettings
 from gateway.stack import Gateway, running
 from protos.rpc.channel import open_channel
+from protos.rpc.security import PLAINTEXT, Security
 from protos.wint2.scheduler.v1 import scheduler_pb2, scheduler_pb2_grpc
 from tests.fakes import EOS, FakeTokenizer, FakeWorker, serving, tokenizer_service, worker_service
 
@@ -73,7 +74,12 @@ async def worker(
 
 @contextlib.asynccontextmanager
 async def registered(
-    scheduler: str, address: str, *, is_serving: bool = True, **offer: Any
+    scheduler: str,
+    address: str,
+    *,
+    is_serving: bool = True,
+    security: Security = PLAINTEXT,
+    **offer: Any,
 ) -> AsyncIterator[None]:
     """A registration whose stream stays open, with load reports."""
     fields = {"instance_id": address, "model": MODEL, "max_model_len": 4096, "max_num_seqs": 8}
@@ -89,7 +95,7 @@ async def registered(
             await asyncio.sleep(0.3)
 
     async def register() -> None:
-        async with open_channel(scheduler) as channel:
+        async with open_channel(scheduler, security) as channel:
             async for _ in scheduler_pb2_grpc.SchedulerServiceStub(channel).RegisterWorker(events()):
                 is_known.set()
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-
 import grpc
 import pytest
 
@@ -11,34 +9,14 @@ from protos.rpc.channel import open_channel, wait_serving
 from protos.rpc.errors import StartupError, UnauthenticatedError, UnavailableError, from_rpc_error
 from protos.rpc.security import Security, read_security
 from protos.wint2.worker.v1 import worker_pb2, worker_pb2_grpc
+from tests.certificates import make_certificates
 from tests.fakes import FakeWorker, serving, worker_service
-
-SUBJECT = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
-
-
-def openssl(*arguments):
-    subprocess.run(["openssl", *map(str, arguments)], check=True, capture_output=True)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Paths of an authority's certificate, and of a certificate and key that it signed."""
-    folder = tmp_path_factory.mktemp("tls")
-    ca, ca_key, cert, key = (folder / name for name in ("ca.pem", "ca.key", "cert.pem", "cert.key"))
-    new = [
-        "req",
-        "-x509",
-        "-newkey",
-        "ec",
-        "-pkeyopt",
-        "ec_paramgen_curve:prime256v1",
-        "-nodes",
-        "-days",
-        "2",
-    ]
-    openssl(*new, "-keyout", ca_key, "-out", ca, "-subj", "/CN=test authority")
-    openssl(*new, *SUBJECT, "-keyout", key, "-out", cert, "-CA", ca, "-CAkey", ca_key)
-    return ca, cert, key
+    made = make_certificates(tmp_path_factory.mktemp("tls"))
+    return made.authority, made.certificate, made.key
 
 
 async def load(address, security):

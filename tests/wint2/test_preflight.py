@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from wint2.errors import CommandError
-from wint2.preflight import check_model, check_ports
+from wint2.preflight import check_model, check_ports, check_security
+from wint2.settings import ServeSettings
 
 
 @pytest.fixture
@@ -104,3 +105,16 @@ def test_an_address_of_another_machine():
         CommandError, match=r"^--port: cannot listen on 192\.0\.2\.1:80: Cannot assign requested address$"
     ):
         check_ports("192.0.2.1", {"--port": 80})
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({"tls_cert": Path("/c"), "tls_key": Path("/k")}, "--tls-cert needs --tls-ca"),
+        ({"tls_ca": Path("/absent")}, "--tls-ca: cannot read /absent: no such file"),
+        ({"tls_ca": Path("/a"), "tls_client_auth": True}, "--tls-client-auth needs --tls-cert"),
+    ],
+)
+def test_tls_files_that_are_missing(files, words):
+    with pytest.raises(CommandError, match=words):
+        check_security(ServeSettings(model=Path("/m"), _cli_parse_args=False, **files))

@@ -63,3 +63,17 @@ def test_api_keys_stay_off_the_command_line():
 
 def flag(command: tuple[str, ...], name: str) -> str:
     return command[command.index(name) + 1]
+
+
+def test_tls_reaches_every_service_and_https_the_gateway():
+    files = {"tls_cert": Path("/c"), "tls_key": Path("/k"), "tls_ca": Path("/a"), "tls_client_auth": True}
+    https = {"http_tls_cert": Path("/hc"), "http_tls_key": Path("/hk")}
+    stack = plan_stack(settings(**files, **https), Path("/run/x"))
+    for service in stack.services:
+        assert flag(service.command, "--tls-cert") == "/c"
+        assert flag(service.command, "--tls-key") == "/k"
+        assert flag(service.command, "--tls-ca") == "/a"
+        assert "--tls-client-auth" in service.command
+    assert flag(stack.gateway.command, "--http-tls-cert") == "/hc"
+    assert stack.http_url == "https://127.0.0.1:8180"
+    assert stack.metrics_url == "https://127.0.0.1:8180/metrics"
