@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from cuda_kernels.tiled import TiledWeight
+from cuda_kernels.tiled_linear import tiled_linear
+
 # oneDNN lays a weight out for the row count it is told; 64 is within 5% of the best from 1 row to 1024.
 _PACK_ROWS = 64
 # oneDNN's and MKL's kernels give a row the same bits beside any other rows, except below these counts.
@@ -41,13 +44,15 @@ def pack_dense(weight_NK: torch.Tensor) -> DenseWeight:
     return DenseWeight(data, weight_NK.shape[0], weight_NK.shape[1], weight_NK.dtype, is_packed)
 
 
-def linear(x_TK: torch.Tensor, weight: DenseWeight) -> torch.Tensor:
-    """x [T, K] times a weight [N, K], transposed: [T, N] in x's dtype.
+def linear(x_TK: torch.Tensor, weight: DenseWeight | TiledWeight) -> torch.Tensor:
+    """x [T, K] times a weight [N, K], transposed: [T, N] in x's dtype; of a gated one SwiGLU, [T, N/2].
 
     On a CPU in float32 a row's result has the same bits whatever the other rows are.
     """
     if x_TK.shape[-1] != weight.num_inputs:
         raise ValueError(f"linear: x has {x_TK.shape[-1]} features, the weight takes {weight.num_inputs}")
+    if isinstance(weight, TiledWeight):
+        return tiled_linear(x_TK, weight)
     if x_TK.is_cuda:
         return F.linear(x_TK, weight.data)
     return _linear_cpu(x_TK, weight)

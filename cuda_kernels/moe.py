@@ -1,4 +1,4 @@
-"""Op `moe_ffn`: the routed experts' SwiGLU feed-forward networks over dense weights.
+"""Op `moe_ffn`: the routed experts' SwiGLU feed-forward networks.
 
     y_t = sum over a of weight[t, a] · down_e( silu(gate_e(x_t)) · up_e(x_t) ),  e = ids[t, a]
 
@@ -14,6 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from cuda_kernels.linear import DenseWeight, linear, pack_dense
+from cuda_kernels.moe_wint2 import moe_wint2
+from cuda_kernels.packing import PackedWint2
+from cuda_kernels.tiled import TiledWeight
+from cuda_kernels.tiled_linear import moe_tiled
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,18 @@ class ExpertWeights:
         return sum(weight.nbytes for weight in (*self.up_gate, *self.down))
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class StreamedExperts:
+    """All experts' up_gate and down in a form whose kernel routes by itself, on a GPU."""
+
+    up_gate: PackedWint2 | TiledWeight
+    down: PackedWint2 | TiledWeight
+
+    @property
+    def nbytes(self) -> int:
+        return self.up_gate.nbytes + self.down.nbytes
+
+
 def pack_experts(
     experts: Iterable[tuple[torch.Tensor, torch.Tensor]], num_experts: int, num_experts_per_token: int
 ) -> ExpertWeights:
@@ -53,14 +69,18 @@ def moe_ffn(
     hidden_TD: torch.Tensor,
     expert_ids_TA: torch.Tensor,
     expert_weights_TA: torch.Tensor,
-    experts: ExpertWeights,
+    experts: ExpertWeights | StreamedExperts,
 ) -> torch.Tensor:
     """The weighted sum of each token's experts: [T, D] in the hidden state's dtype.
 
     `expert_ids_TA` int32, a row without repetitions; `expert_weights_TA` float32.
     """
+    if isinstance(experts, StreamedExperts):
+        return _moe_ffn_streamed(hidden_TD, expert_ids_TA, expert_weights_TA, experts)
     if experts.is_merged:
         return _moe_ffn_merged(hidden_TD, expert_ids_TA, expert_weights_TA, experts)
+    if hidden_TD.is_cuda:
+        return _moe_ffn_everywhere(hidden_TD, expert_ids_TA, expert_weights_TA, experts)
     return _moe_ffn_by_expert(hidden_TD, expert_ids_TA, expert_weights_TA, experts)
 
 
@@ -68,6 +88,34 @@ def silu_and_mul(up_gate_TF: torch.Tensor) -> torch.Tensor:
     """SwiGLU of [T, 2F], gate half first: [T, F]."""
     gate_TF, up_TF = up_gate_TF.chunk(2, dim=-1)
     return F.silu(gate_TF) * up_TF
+
+
+def _moe_ffn_streamed(
+    hidden_TD: torch.Tensor,
+    expert_ids_TA: torch.Tensor,
+    expert_weights_TA: torch.Tensor,
+    experts: StreamedExperts,
+) -> torch.Tensor:
+    match experts.up_gate, experts.down:
+        case PackedWint2() as up_gate, PackedWint2() as down:
+            return moe_wint2(hidden_TD, expert_ids_TA, expert_weights_TA, up_gate, down)
+        case TiledWeight() as up_gate, TiledWeight() as down:
+            return moe_tiled(hidden_TD, expert_ids_TA, expert_weights_TA, up_gate, down)
+    raise TypeError("moe_ffn: up_gate and down are of different forms")
+
+
+def _moe_ffn_everywhere(
+    hidden_TD: torch.Tensor,
+    expert_ids_TA: torch.Tensor,
+    expert_weights_TA: torch.Tensor,
+    experts: ExpertWeights,
+) -> torch.Tensor:
+    """Every expert on every token, with weight zero where it was not chosen: never waits for the device."""
+    sum_TD = torch.zeros_like(hidden_TD, dtype=torch.float32)
+    for expert, (up_gate, down) in enumerate(zip(experts.up_gate, experts.down, strict=True)):
+        weight_T1 = torch.where(expert_ids_TA == expert, expert_weights_TA, 0.0).sum(1, keepdim=True)
+        sum_TD += weight_T1 * linear(silu_and_mul(linear(hidden_TD, up_gate)), down)
+    return sum_TD.to(hidden_TD.dtype)
 
 
 def _moe_ffn_merged(

@@ -53,6 +53,10 @@ class PackedWint2:
     k_order: KOrder
 
     @property
+    def nbytes(self) -> int:
+        return sum(value.nbytes for value in self.__dict__.values() if isinstance(value, Tensor))
+
+    @property
     def num_experts(self) -> int:
         return self.records.shape[0]
 

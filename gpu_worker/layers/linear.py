@@ -11,16 +11,22 @@ import torch
 
 from cuda_kernels.linear import DenseWeight, linear
 from cuda_kernels.moe import silu_and_mul
+from cuda_kernels.tiled import TiledWeight
 
 
 @dataclass(frozen=True, slots=True)
 class Linear:
     """y = x · Wᵀ, no bias."""
 
-    weight: DenseWeight
+    weight: DenseWeight | TiledWeight
 
     def __call__(self, x_TK: torch.Tensor) -> torch.Tensor:
         return linear(x_TK, self.weight)
+
+    @property
+    def is_gated(self) -> bool:
+        """Whether its outputs are SwiGLU's already."""
+        return isinstance(self.weight, TiledWeight) and self.weight.is_gated
 
     @property
     def nbytes(self) -> int:
@@ -35,7 +41,8 @@ class SwiGLU:
     down: Linear
 
     def __call__(self, hidden_TD: torch.Tensor) -> torch.Tensor:
-        return self.down(silu_and_mul(self.up_gate(hidden_TD)))
+        inner = self.up_gate(hidden_TD)
+        return self.down(inner if self.up_gate.is_gated else silu_and_mul(inner))
 
     @property
     def nbytes(self) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cuda_kernels.moe import ExpertWeights, moe_ffn
+from cuda_kernels.moe import ExpertWeights, StreamedExperts, moe_ffn
 from cuda_kernels.routing import route
 from gpu_worker.layers.linear import Linear, SwiGLU
 
@@ -33,7 +33,7 @@ class MoE:
     """sum of weight_e · expert_e(x) over the chosen experts, plus shared(x)."""
 
     router: Router
-    experts: ExpertWeights
+    experts: ExpertWeights | StreamedExperts
     shared: SwiGLU | None
 
     def __call__(self, hidden_TD: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 
 from cuda_kernels.formats.layout import KOrder
 from cuda_kernels.linear import pack_dense
-from cuda_kernels.moe import ExpertWeights, pack_experts
+from cuda_kernels.moe import ExpertWeights, StreamedExperts, pack_experts
 from cuda_kernels.rope import cos_sin_table
 from gpu_worker.config import ModelConfig
 from gpu_worker.layers.attention import Attention
@@ -21,6 +21,8 @@ from gpu_worker.layers.norm import RMSNorm
 from gpu_worker.model.checkpoint import open_checkpoint
 from gpu_worker.model.decoder import Decoder, DecoderLayer, MemoryReport
 from gpu_worker.model.dummy import plan_dummy
+from gpu_worker.model.gpu_weights import can_stream, can_stream_experts, stream_experts, stream_linear
+from gpu_worker.model.k_order import KOrderChoice, choose_k_order
 from gpu_worker.model.plan import LayerPlan, MLPPlan, ModelPlan, MoEPlan, plan_model
 from gpu_worker.model.safetensors_file import Transfer, keep
 from gpu_worker.model.stored_weight import StoredLinear, StoredVector
@@ -37,13 +39,14 @@ def load_model(
     device: torch.device,
     dtype: torch.dtype,
     progress: Progress | None = None,
-    k_order: KOrder = "shuffled",
+    k_order: KOrderChoice = "auto",
     load_format: LoadFormat = "auto",
 ) -> Decoder:
     """Load the checkpoint in `config.path`, or random weights of its shapes if `load_format` is "dummy".
 
-    `progress` is called with (bytes read, bytes to read). Quantized weights are decoded to `dtype`. Raises
-    CheckpointError with everything that is wrong with the files, before any weight is read.
+    `progress` is called with (bytes read, bytes to read). Quantized weights are decoded to `dtype`; `k_order`
+    is that of the WINT2 ones, "auto" finds it out. Raises CheckpointError with everything that is wrong with
+    the files, before any weight is read.
     """
     if load_format == "dummy":
         plan = plan_dummy(config, device)
@@ -51,7 +54,15 @@ def load_model(
         plan = plan_model(config, open_checkpoint(config.path, _transfer_to(device)))
     for note in plan.notes:
         _log.info("%s", note)
-    return _Loader(config, device, dtype, k_order, plan.stored_bytes, progress).decoder(plan)
+    return _Loader(config, device, dtype, _k_order(plan, k_order), plan.stored_bytes, progress).decoder(plan)
+
+
+def _k_order(plan: ModelPlan, choice: KOrderChoice) -> KOrder:
+    finding = choose_k_order(plan, choice)
+    if finding is None:
+        return "shuffled"
+    _log.info("rows of WINT2 groups are in %s order (%s)", finding.k_order, finding.evidence)
+    return finding.k_order
 
 
 def _transfer_to(device: torch.device) -> Transfer:
@@ -72,6 +83,8 @@ class _Loader:
     ) -> None:
         self._config, self._device, self._dtype, self._k_order = config, device, dtype, k_order
         self._total_bytes, self._progress = total_bytes, progress
+        # Kernels for weights in their stored formats compute in bfloat16.
+        self._streams = device.type == "cuda" and dtype == torch.bfloat16
         self._stored: Counter[str] = Counter()
         self._held: Counter[str] = Counter()
 
@@ -118,9 +131,13 @@ class _Loader:
         shared = self._mlp(plan.shared) if plan.shared else None
         return MoE(router, self._experts(plan), shared)
 
-    def _experts(self, plan: MoEPlan) -> ExpertWeights:
+    def _experts(self, plan: MoEPlan) -> ExpertWeights | StreamedExperts:
         """Expert by expert, so that the decoded weights of one layer at most exist beside the packed ones."""
-        experts = pack_experts(self._decoded(plan), len(plan.experts), self._config.num_experts_per_token)
+        experts: ExpertWeights | StreamedExperts
+        if self._streams and can_stream_experts(plan.experts):
+            experts = stream_experts(plan.experts, self._k_order, self._count)
+        else:
+            experts = pack_experts(self._decoded(plan), len(plan.experts), self._config.num_experts_per_token)
         self._held["experts"] += experts.nbytes
         return experts
 
@@ -129,7 +146,7 @@ class _Loader:
             yield self._dense(expert.up_gate), self._dense(expert.down)
 
     def _mlp(self, plan: MLPPlan) -> SwiGLU:
-        return SwiGLU(self._linear(plan.up_gate), self._linear(plan.down))
+        return SwiGLU(self._linear(plan.up_gate, is_gated=True), self._linear(plan.down))
 
     def _norm(self, stored: StoredVector) -> RMSNorm:
         return RMSNorm(self._tensor(stored), self._config.rms_norm_eps)
@@ -142,13 +159,19 @@ class _Loader:
     def _head(self, stored: StoredLinear | None, embedding_VD: torch.Tensor) -> Linear:
         if stored is not None:
             return self._linear(stored)
-        head = Linear(pack_dense(embedding_VD))
-        if head.weight.is_packed:
-            self._held["head"] += head.nbytes
-        return head
+        weight = pack_dense(embedding_VD)
+        if weight.is_packed:
+            self._held["head"] += weight.nbytes
+        return Linear(weight)
 
-    def _linear(self, stored: StoredLinear, dtype: torch.dtype | None = None) -> Linear:
-        linear = Linear(pack_dense(self._dense(stored, dtype)))
+    def _linear(
+        self, stored: StoredLinear, dtype: torch.dtype | None = None, *, is_gated: bool = False
+    ) -> Linear:
+        if self._streams and can_stream(stored):
+            linear = Linear(stream_linear(stored, is_gated=is_gated))
+            self._count(stored)
+        else:
+            linear = Linear(pack_dense(self._dense(stored, dtype)))
         self._held[stored.kind] += linear.nbytes
         return linear
 

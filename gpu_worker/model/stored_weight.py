@@ -86,9 +86,24 @@ class StoredLinear:
     def stored_bytes(self) -> int:
         return sum(tensor.nbytes for rank in self.ranks for tensor in rank.values())
 
+    def read(self) -> dict[str, torch.Tensor]:
+        """The tensors as stored, by suffix, of a checkpoint with one rank."""
+        (tensors,) = self.ranks
+        return {suffix: tensor.read() for suffix, tensor in tensors.items()}
+
+    def stored(self, rank: int = 0) -> dict[str, torch.Tensor]:
+        """One rank's tensors as they are in its files."""
+        return {suffix: tensor.read() for suffix, tensor in self.ranks[rank].items()}
+
+    def release(self) -> None:
+        """Let go of what reading has brought into memory."""
+        for rank in self.ranks:
+            for tensor in rank.values():
+                tensor.release()
+
     def dense(self, k_order: KOrder = "shuffled") -> torch.Tensor:
         """The whole projection, [N, K] in its stored precision (bf16 where quantized)."""
-        parts = [self._dense_rank(rank, k_order) for rank in self.ranks]
+        parts = [self._dense_rank(rank, k_order) for rank in range(len(self.ranks))]
         if len(parts) == 1 or self.cut == "none":
             return parts[0]
         if self.cut == "inputs":
@@ -96,8 +111,8 @@ class StoredLinear:
         by_rank = [part.split([section // len(parts) for section in self.sections]) for part in parts]
         return torch.cat([part for section in zip(*by_rank, strict=True) for part in section])
 
-    def _dense_rank(self, tensors: Mapping[str, StoredTensor], k_order: KOrder) -> torch.Tensor:
-        read = {suffix: tensor.read() for suffix, tensor in tensors.items()}
+    def _dense_rank(self, rank: int, k_order: KOrder) -> torch.Tensor:
+        read = self.stored(rank)
         if self.format == "none":
             parts = [part.T if self.is_in_out else part for part in read.values()]
             return torch.cat(parts) if len(parts) > 1 else parts[0]
