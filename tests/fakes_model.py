@@ -5,6 +5,7 @@ So a wrong block, a stale slot or a prefix shared between unequal prompts change
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +21,23 @@ POISON = 60  # a prompt that holds this token gives NaN logits
 MODULUS = 1_000_003
 
 
+def hash_logits(hashes_S: torch.Tensor, is_poisoned_S: torch.Tensor) -> torch.Tensor:
+    """float32 logits [S, V], no two of a row alike."""
+    ids_V = torch.arange(VOCAB_SIZE)
+    mixed_SV = (hashes_S[:, None] * 7919 + (ids_V + 1) ** 2 * 104_729) % MODULUS
+    logits_SV = (mixed_SV % 1009).float() / 200 + ids_V * 7e-5
+    logits_SV[:, POISON] = -torch.inf
+    return torch.where(is_poisoned_S[:, None], torch.nan, logits_SV)
+
+
+def context_logits(token_ids: Sequence[int]) -> torch.Tensor:
+    """float32 logits [V] of what follows the tokens: the model's definition, without a KV cache."""
+    ids = torch.tensor(token_ids)
+    weights = (torch.arange(len(ids)) + 1) * 31_337 % MODULUS
+    spelled = ((ids + 1) * weights % MODULUS).sum() % MODULUS
+    return hash_logits(spelled[None], (ids == POISON).any()[None])[0]
+
+
 class HashModel:
     """Keys hold the token id, values its position; the hidden state is a hash of the context they spell."""
 
@@ -28,35 +46,35 @@ class HashModel:
         self.error: Exception | None = None
 
     def forward(self, batch: Batch, kv_cache: KVCache) -> torch.Tensor:
+        """[T, 2]: hash of each token's context, and whether that holds POISON."""
         if self.error is not None:
             raise self.error
         self.num_forward_tokens.append(batch.num_tokens)
         key, value = kv_cache.layers[0]
         key.view(-1)[batch.slot_mapping_T] = batch.input_ids_T.float()
         value.view(-1)[batch.slot_mapping_T] = batch.positions_T.float()
-        return torch.cat([self._hash(batch, kv_cache, s) for s in range(batch.num_sequences)])
+        tokens_SL, is_known_SL = self._read_contexts(batch, kv_cache)
+        weights_L = (torch.arange(tokens_SL.shape[1]) + 1) * 31_337 % MODULUS
+        hashes_SL = ((tokens_SL + 1) * weights_L % MODULUS * is_known_SL).cumsum(1) % MODULUS
+        is_poisoned_SL = ((tokens_SL == POISON) & is_known_SL).cumsum(1)
+        sequence_T = torch.arange(batch.num_sequences).repeat_interleave(batch.cu_seqlens_q.diff())
+        return torch.stack([hashes_SL, is_poisoned_SL], dim=-1)[sequence_T, batch.positions_T]
 
     def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
-        ids_V = torch.arange(VOCAB_SIZE)
-        mixed_SV = (hidden_SD[:, :1] * 7919 + (ids_V + 1) ** 2 * 104_729) % MODULUS
-        logits_SV = (mixed_SV % 1009).float() / 200
-        logits_SV[:, POISON] = -torch.inf
-        return torch.where(hidden_SD[:, 1:] > 0, torch.nan, logits_SV)
+        return hash_logits(hidden_SD[:, 0], hidden_SD[:, 1] > 0)
 
-    def _hash(self, batch: Batch, kv_cache: KVCache, s: int) -> torch.Tensor:
-        """[query tokens, 2]: hash of the context, and whether it holds POISON."""
+    def _read_contexts(self, batch: Batch, kv_cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids [S, L] as the cache has them, and where there are any."""
         key, value = kv_cache.layers[0]
-        end = int(batch.context_lens_S[s])
-        query_len = int(batch.cu_seqlens_q[s + 1] - batch.cu_seqlens_q[s])
-        positions = torch.arange(end)
-        size = kv_cache.block_size
-        slots = batch.block_tables_SM[s, positions // size].long() * size + positions % size
-        token_ids, written_at = key.view(-1)[slots].long(), value.view(-1)[slots].long()
-        assert torch.equal(written_at, positions), "a slot holds another position's token"
-        weights = (positions + 1) * 31_337 % MODULUS
-        hashes = (((token_ids + 1) * weights) % MODULUS).cumsum(0) % MODULUS
-        is_poisoned = (token_ids == POISON).cumsum(0)
-        return torch.stack([hashes, is_poisoned], dim=1)[end - query_len :]
+        positions_L = torch.arange(int(batch.context_lens_S.max()))
+        is_known_SL = positions_L < batch.context_lens_S[:, None]
+        block_L, offset_L = positions_L // kv_cache.block_size, positions_L % kv_cache.block_size
+        slots_SL = batch.block_tables_SM[:, block_L].long() * kv_cache.block_size + offset_L
+        written_at_SL = value.view(-1)[slots_SL].long()
+        assert torch.equal(written_at_SL[is_known_SL], positions_L.expand_as(slots_SL)[is_known_SL]), (
+            "a slot holds another position's token"
+        )
+        return key.view(-1)[slots_SL].long(), is_known_SL
 
 
 def model_config(vocab_size: int = VOCAB_SIZE) -> ModelConfig:

@@ -95,9 +95,10 @@ class BlockManager:
             self._block_of[digest] = block
 
     def forget(self, blocks: Iterable[int]) -> None:
-        """Makes blocks unfindable: their content is not to be trusted."""
+        """Makes blocks that only one table holds unfindable: their content is not to be trusted."""
         for block in blocks:
-            self._forget(block)
+            if self._ref_counts[block] == 1:
+                self._forget(block)
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """Asserts that the references counted are those of the block tables, and that the indexes agree."""

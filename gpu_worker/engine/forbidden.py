@@ -39,21 +39,21 @@ class ForbiddenTokens:
         at, is_forbidden_RV = self.restricted
         if len(at):
             logits_SV[at] = logits_SV[at].masked_fill(is_forbidden_RV, -torch.inf)
-        position, token_ids = map(np.concatenate, zip(self._early_stops(), self._words(), strict=True))
-        if len(position):
-            on_device = (torch.from_numpy(array).to(logits_SV.device) for array in (position, token_ids))
-            logits_SV[tuple(on_device)] = -torch.inf
-
-    def _early_stops(self) -> tuple[Rows, Rows]:
-        """Stop tokens of the sequences that are shorter than `min_tokens`: (positions in S, token ids)."""
         table, rows = self.table, self.rows
         early = np.flatnonzero(table.num_tokens[rows] < table.min_total_tokens[rows])
-        stop_ids = table.stop_ids[rows[early]]
+        if len(early):
+            _forbid(logits_SV, *self._early_stops(early))
+        if len(self.words.last_K):
+            _forbid(logits_SV, *self._completed_words())
+
+    def _early_stops(self, early: Rows) -> tuple[Rows, Rows]:
+        """(positions in S, token ids): the stop tokens of the sequences shorter than `min_tokens`."""
+        stop_ids = self.table.stop_ids[self.rows[early]]
         position, column = np.nonzero(stop_ids >= 0)
         return early[position], stop_ids[position, column]
 
-    def _words(self) -> tuple[Rows, Rows]:
-        """Last tokens of the bad words whose other tokens have just been generated."""
+    def _completed_words(self) -> tuple[Rows, Rows]:
+        """(positions in S, token ids): the last tokens of bad words of which the rest is there."""
         words, table = self.words, self.table
         rows_K = self.rows[words.position_K]
         ends_K = table.num_tokens[rows_K]
@@ -84,6 +84,11 @@ class BadWords:
             prefix_len_K=np.array([len(run) - 1 for _, run in runs], np.int64),
             last_K=np.array([run[-1] for _, run in runs], np.int64),
         )
+
+
+def _forbid(logits_SV: torch.Tensor, positions: Rows, token_ids: Rows) -> None:
+    on_device = (torch.from_numpy(array).to(logits_SV.device) for array in (positions, token_ids))
+    logits_SV[tuple(on_device)] = -torch.inf
 
 
 def _restrictions(

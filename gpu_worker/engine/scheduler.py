@@ -89,6 +89,7 @@ class Scheduler:
         table = self._table
         rows = table.rows
         granted = self._grant(table.num_tokens[rows] - table.num_computed[rows])
+        self._register_filled(rows, granted)
         admitted = list(self._admit(self._config.max_num_batched_tokens - int(granted.sum())))
         if admitted:
             rows = table.rows
@@ -97,13 +98,8 @@ class Scheduler:
         return ScheduledStep(rows, granted, is_sampled, table.sequences[len(table) - len(admitted) :])
 
     def commit(self, step: ScheduledStep) -> None:
-        """Counts a step's tokens as computed, and makes the blocks that they filled findable."""
-        before = self._table.num_computed[step.rows]
-        after = before + step.num_scheduled
-        self._table.num_computed[step.rows] = after
-        size = self._table.block_size
-        for i in np.flatnonzero(before // size != after // size).tolist():
-            self._register(int(step.rows[i]), int(before[i]) // size, int(after[i]) // size)
+        """Counts a step's tokens as computed."""
+        self._table.num_computed[step.rows] += step.num_scheduled
 
     def check_integrity(self) -> None:
         """Asserts that blocks, tables and queue agree."""
@@ -165,7 +161,9 @@ class Scheduler:
         self._blocks.share(shared)
         self._table.attach(sequence, shared + self._blocks.allocate(wanted), num_cached)
         self._count_hits(sequence, num_cached)
-        return min(left, budget)
+        granted = min(left, budget)
+        self._register_filled(np.array([sequence.row]), np.array([granted]))
+        return granted
 
     def _reserve(self) -> int:
         """Blocks kept for the running sequences' next tokens, lest an admission be undone a step later."""
@@ -184,6 +182,17 @@ class Scheduler:
             return
         for i in range((sequence.num_tokens - 1) // self._blocks.block_size):
             yield self._block_hash(sequence, i, sequence.token_ids)
+
+    def _register_filled(self, rows: Rows, granted: Rows) -> None:
+        """Makes the blocks that the granted tokens fill findable, even for those admitted to the same step.
+
+        A layer stores the keys and values of all the step's tokens before any of them attends.
+        """
+        before = self._table.num_computed[rows]
+        size = self._table.block_size
+        first, end = before // size, (before + granted) // size
+        for i in np.flatnonzero(first != end).tolist():
+            self._register(int(rows[i]), int(first[i]), int(end[i]))
 
     def _register(self, row: int, first: int, end: int) -> None:
         sequence = self._table.sequence(row)

@@ -1,0 +1,104 @@
+"""A greedy completion in float32 on the CPU has the same tokens in any company and under any schedule."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from gpu_worker.config import CacheConfig, EngineConfig, SchedulerConfig
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.sequence import Request
+from gpu_worker.layers.kv_cache import KVCache
+from gpu_worker.model.config_reader import read_model_config
+from gpu_worker.model.loader import load_model
+from gpu_worker.sampling_params import SamplingParams
+from tests.tiny import make_tiny_model
+
+NUM_OTHERS = 63
+GREEDY = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, logprobs=3)
+PREFIX = list(range(40, 75))
+BLOCK_SIZE = 8
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["float", "wint2"])
+def decoder(request, tmp_path_factory):
+    path = make_tiny_model(tmp_path_factory.mktemp("tiny") / "model", quantized=request.param)
+    return load_model(read_model_config(path), device=torch.device("cpu"), dtype=torch.float32)
+
+
+def make_engine(decoder, *, num_blocks=1024, budget=4096, caching=True, chunked=True):
+    config = EngineConfig(
+        decoder.config,
+        CacheConfig(BLOCK_SIZE, num_blocks, caching),
+        SchedulerConfig(64, budget, 128, chunked),
+        torch.device("cpu"),
+        torch.float32,
+    )
+    shape = decoder.config
+    sizes = (shape.num_hidden_layers, num_blocks, BLOCK_SIZE, shape.num_key_value_heads, shape.head_dim)
+    return Engine(config, decoder, KVCache(*sizes, torch.float32, torch.device("cpu")))
+
+
+def targets():
+    """Prompts of one token, of many, of whole blocks, and two with a common beginning."""
+    return [[5], PREFIX, PREFIX[:32], [*PREFIX, 9, 8, 7]]
+
+
+def others():
+    rng = np.random.default_rng(0)
+    for i in range(NUM_OTHERS - len(targets()) + 1):
+        prompt = [*PREFIX[: int(rng.integers(36))], *rng.integers(3, 200, int(rng.integers(1, 30))).tolist()]
+        yield prompt, SamplingParams(temperature=1.0, seed=i, max_tokens=int(rng.integers(1, 40)))
+
+
+def complete(engine, requests):
+    """{request id: (token ids, log-probabilities)}"""
+    given = {}
+    for name, (prompt, params) in requests.items():
+        engine.add(Request(name, prompt, params))
+    while engine.has_work:
+        for output in engine.step():
+            token_ids, logprobs = given.setdefault(output.request_id, ([], []))
+            token_ids += output.token_ids
+            logprobs += [one.sampled.logprob for one in output.logprobs or ()]
+    engine.check_integrity()
+    return given
+
+
+@pytest.fixture(scope="module")
+def alone(decoder):
+    return [
+        complete(make_engine(decoder, caching=False), {"r": (prompt, GREEDY)})["r"] for prompt in targets()
+    ]
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {},
+        {"caching": False},
+        {"budget": 96},
+        {"budget": 4096, "chunked": False},
+        {"num_blocks": 64, "budget": 96},
+    ],
+    ids=["together", "no prefix cache", "small chunks", "whole prompts", "preempted"],
+)
+def test_a_batch_of_64_changes_no_bit(decoder, alone, limits):
+    engine = make_engine(decoder, **limits)
+    requests = {f"other {i}": request for i, request in enumerate(others())}
+    # The latest come last in order, and are what is preempted.
+    requests |= {str(i): (prompt, GREEDY) for i, prompt in enumerate(targets())}
+    given = complete(engine, requests)
+    assert [given[str(i)] for i in range(len(targets()))] == alone
+    assert (engine.stats().num_preemptions_total > 0) == ("num_blocks" in limits)
+    assert (engine.stats().num_prefix_hit_tokens_total > 0) == ("caching" not in limits)
+
+
+def test_a_seed_gives_one_text_in_any_company(decoder):
+    params = dataclasses.replace(GREEDY, temperature=0.9, top_p=0.95, seed=11)
+    single = complete(make_engine(decoder), {"r": (PREFIX, params)})["r"]
+    company = {f"other {i}": request for i, request in enumerate(others())} | {"r": (PREFIX, params)}
+    assert complete(make_engine(decoder, num_blocks=64, budget=96), company)["r"] == single
