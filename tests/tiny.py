@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from cuda_kernels.formats import wint2, wint4, wint8
-from cuda_kernels.formats.layout import pad_rows
+from cuda_kernels.formats.layout import KOrder, pad_rows
 
 VOCAB_SIZE = 300
 SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<|begin_of_sentence|>", "<|end_of_sentence|>"]
@@ -199,13 +199,15 @@ def save_hf(weights: dict[str, torch.Tensor], file: Path) -> None:
     save_torch_file({name: tensor.contiguous() for name, tensor in weights.items()}, file, {"format": "pt"})
 
 
-def paddle_tensors(config: dict, weights: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+def paddle_tensors(
+    config: dict, weights: dict[str, torch.Tensor], k_order: KOrder = "shuffled"
+) -> dict[str, np.ndarray]:
     """Paddle's names: fused linears stored [in, out], bf16 labelled U16; quantized if the config says so."""
     tensors: dict[str, torch.Tensor] = {}
     for name, weight in _fuse(weights).items():
         paddle_name = name.replace("model.", "ernie.", 1)
         is_linear = "_proj" in name or name.endswith("gate.weight") or name == "lm_head.weight"
-        tensors |= _store(config, paddle_name, weight.T if is_linear else weight)
+        tensors |= _store(config, paddle_name, weight.T if is_linear else weight, k_order)
     return {name: _as_numpy(tensor.contiguous()) for name, tensor in tensors.items()}
 
 
@@ -223,18 +225,20 @@ def _fuse(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return fused
 
 
-def _store(config: dict, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+def _store(
+    config: dict, name: str, weight: torch.Tensor, k_order: KOrder = "shuffled"
+) -> dict[str, torch.Tensor]:
     if "quantization_config" not in config or "_proj" not in name or "shared_experts" in name:
         return {name: weight}
     stem = name.removesuffix("weight")
     if ".experts." not in name:
-        packed = wint8.quantize(weight.float())
+        packed = wint8.quantize(pad_rows(weight.float(), 64))
         return _pair(stem, wint8.pack(packed.quant_weight), packed.weight_scale)
     w4_config = config["quantization_config"]["moe_quant_config"]["moe_w4_quant_config"]
     if int(name.split(".")[2]) <= w4_config["quant_end_layer"]:
-        packed4 = wint4.quantize(weight.float())
+        packed4 = wint4.quantize(pad_rows(weight.float(), 64))
         return _pair(stem, wint4.pack(packed4.quant_weight), packed4.weight_scale)
-    stored = wint2.quantize(pad_rows(weight.float()), effort="fast")
+    stored = wint2.quantize(pad_rows(weight.float()), effort="fast", k_order=k_order)
     return {stem + suffix: tensor for suffix, tensor in stored.tensors().items()}
 
 
@@ -259,7 +263,7 @@ def _decode(parts: dict[str, torch.Tensor], num_rows: int) -> torch.Tensor:
         return wint2.dequantize(**parts)[:num_rows]
     levels, scale = parts["quant_weight"], parts["weight_scale"]
     module = wint8 if levels.shape[0] == scale.shape[0] else wint4
-    return module.dequantize(module.unpack(levels), scale)
+    return module.dequantize(module.unpack(levels), scale)[:num_rows]
 
 
 def _split(name: str, fused: torch.Tensor, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

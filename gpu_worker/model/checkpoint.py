@@ -8,6 +8,7 @@ rank0/, rank1/, ...  each with one of the above        a tensor-parallel checkpo
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from gpu_worker.model.errors import CheckpointError
 from gpu_worker.model.safetensors_file import HeaderError, SafetensorsFile, StoredTensor, Transfer, keep
 
 INDEX_NAME = "model.safetensors.index.json"
+_PLAIN_NAME = re.compile(r"[^/\\\0]+\.safetensors")
 Tensors = Mapping[str, StoredTensor]
 
 
@@ -85,10 +87,16 @@ def _indexed_names(index: Path, problems: list[str]) -> list[str]:
     """The shards that the index lists; a name may not lead out of the folder."""
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(weight_map.values()))
+        names = set(map(_text, weight_map.values()))
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         problems.append(f'{index}: no valid index, expected {{"weight_map": {{tensor: file}}}}')
         return []
-    outside = [name for name in names if Path(name).name != name]
-    problems += [f"{index}: file {name!r} is not a plain name in this folder" for name in outside]
-    return [name for name in names if name not in outside]
+    outside = sorted(name for name in names if _PLAIN_NAME.fullmatch(name) is None)
+    problems += [f"{index}: file {name[:200]!r} is not a plain name in this folder" for name in outside]
+    return sorted(names.difference(outside))
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(value)
+    return value
