@@ -1,0 +1,253 @@
+"""ERNIE 4.5's shapes on one GPU: decode rate by concurrency, time to the first token, the parts of a step.
+
+python -m tests.bench.bench_gpu_serving --shape 21b [--no-use-cudagraph]
+python -m tests.bench.bench_gpu_serving --shape 300b --num-layers 40 --compare-layers 20
+
+Weights are random, made on the device in the formats of the published checkpoint (WINT2, WINT4 and WINT8), so
+times are real and texts are not. Fewer layers than the shape has fit a smaller GPU: what the missing ones
+would take is then told from the difference between two such models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpu_worker.engine.build import BuiltEngine, EngineArgs, build_engine
+from gpu_worker.engine.sequence import Request
+from gpu_worker.sampling_params import SamplingParams
+
+COMMON: dict[str, Any] = {
+    "model_type": "ernie4_5_moe",
+    "dtype": "bfloat16",
+    "hidden_act": "silu",
+    "vocab_size": 103424,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "max_position_embeddings": 131072,
+    "use_bias": False,
+    "moe_num_experts": 64,
+    "head_dim": 128,
+    "eos_token_id": 2,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "21b": COMMON
+    | {
+        "hidden_size": 2560,
+        "intermediate_size": 12288,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 20,
+        "num_key_value_heads": 4,
+        "moe_k": 6,
+        "moe_intermediate_size": 1536,
+        "moe_num_shared_experts": 2,
+        "moe_layer_start_index": 1,
+        "tie_word_embeddings": True,
+    },
+    "300b": COMMON
+    | {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 54,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "moe_k": 8,
+        "moe_intermediate_size": 3584,
+        "moe_layer_start_index": 3,
+        "tie_word_embeddings": False,
+    },
+}
+LAST_WINT4_LAYER = 6
+CONCURRENCY = (1, 8, 32, 64, 128)
+PROMPTS = (128, 2048, 8192)
+DECODE_PROMPT, DECODE_STEPS, WARM_UP_STEPS = 64, 24, 4
+MAX_LEN = 8192 + 256
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model of the shape with `num_layers` of its layers."""
+
+    engine: BuiltEngine
+    num_layers: int
+    load_seconds: float
+
+
+def config(shape: str, num_layers: int) -> dict[str, Any]:
+    """config.json of the shape, cut to its first layers, quantized as the published checkpoint is."""
+    moe = {
+        "quant_type": "w4w2",
+        "moe_w4_quant_config": {"quant_type": "wint4", "quant_end_layer": LAST_WINT4_LAYER},
+        "moe_w2_quant_config": {"quant_type": "wint2", "quant_group_size": 64},
+    }
+    quantization = {"quantization": "wint2", "dense_quant_type": "wint8", "moe_quant_config": moe}
+    return SHAPES[shape] | {"num_hidden_layers": num_layers, "quantization_config": quantization}
+
+
+def build(shape: str, num_layers: int, max_num_seqs: int, use_cudagraph: bool, device: str) -> Built:
+    """An engine over made-up weights."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(config(shape, num_layers)))
+        args = EngineArgs(
+            model=Path(folder),
+            device=device,
+            load_format="dummy",
+            max_model_len=MAX_LEN,
+            max_num_seqs=max_num_seqs,
+            use_cudagraph=use_cudagraph,
+            enable_prefix_caching=False,
+        )
+        built = build_engine(args)
+    return Built(built, num_layers, time.perf_counter() - start)
+
+
+def add_requests(built: Built, count: int, prompt_len: int, max_tokens: int) -> None:
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+    for index in range(count):
+        prompt = [3 + (7 * index + i) % 1000 for i in range(prompt_len)]
+        built.engine.engine.add(Request(f"{prompt_len}-{index}", prompt, params))
+
+
+def drain(built: Built) -> None:
+    while built.engine.engine.has_work:
+        built.engine.engine.step()
+
+
+def decode_seconds(built: Built, count: int) -> float:
+    """The median step of that many decoding sequences, host work included."""
+    engine = built.engine.engine
+    add_requests(built, count, DECODE_PROMPT, WARM_UP_STEPS + DECODE_STEPS + 40)
+    while engine.stats().num_running < count or engine.stats().num_pending_prefill_tokens:
+        engine.step()
+    seconds = []
+    for _ in range(WARM_UP_STEPS + DECODE_STEPS):
+        start = time.perf_counter()
+        engine.step()
+        seconds.append(time.perf_counter() - start)
+    drain(built)
+    return statistics.median(seconds[WARM_UP_STEPS:])
+
+
+def first_token_seconds(built: Built, prompt_len: int) -> float:
+    """From adding a prompt to its first token, alone on the engine; the second of two."""
+    for _ in range(2):
+        start = time.perf_counter()
+        add_requests(built, 1, prompt_len, 1)
+        drain(built)
+        seconds = time.perf_counter() - start
+    return seconds
+
+
+def step_parts(built: Built, count: int, num_steps: int = 8) -> tuple[float, Counter[str]]:
+    """Seconds of a decode step by the clock, and of its kernels by name, as torch's profiler has them."""
+    engine = built.engine.engine
+    add_requests(built, count, DECODE_PROMPT, num_steps + 60)
+    while engine.stats().num_running < count or engine.stats().num_pending_prefill_tokens:
+        engine.step()
+    for _ in range(WARM_UP_STEPS):
+        engine.step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        start = time.perf_counter()
+        for _ in range(num_steps):
+            engine.step()
+        torch.cuda.synchronize()
+        seconds = (time.perf_counter() - start) / num_steps
+    kernels: Counter[str] = Counter()
+    for event in profile.key_averages():
+        kernels[event.key] += event.self_device_time_total * 1e-6 / num_steps
+    drain(built)
+    return seconds, kernels
+
+
+def print_parts(built: Built, count: int) -> None:
+    seconds, kernels = step_parts(built, count)
+    busy = sum(kernels.values())
+    print(f"  one decode step of {count}: {seconds * 1e3:.2f} ms, kernels {busy * 1e3:.2f} ms,", end=" ")
+    print(f"not kernels {1 - busy / seconds:.1%}")
+    for name, spent in kernels.most_common(12):
+        print(f"    {spent * 1e6:9.1f} us  {spent / busy:6.1%}  {name[:90]}")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Seconds of a decode step by concurrency, and to the first token by prompt length."""
+
+    num_layers: int
+    steps: dict[int, float]
+    firsts: dict[int, float]
+
+
+def measure(built: Built, max_num_seqs: int) -> Figures:
+    counts = [count for count in CONCURRENCY if count <= max_num_seqs]
+    steps = {count: decode_seconds(built, count) for count in counts}
+    return Figures(
+        built.num_layers, steps, {length: first_token_seconds(built, length) for length in PROMPTS}
+    )
+
+
+def whole(some: float, fewer: float, figures: Figures, fewer_figures: Figures, num_layers: int) -> float:
+    """Seconds with all layers: every layer that is missing takes what one between the two models took."""
+    layer = (some - fewer) / (figures.num_layers - fewer_figures.num_layers)
+    return some + layer * (num_layers - figures.num_layers)
+
+
+def print_figures(figures: Figures, fewer: Figures | None, num_layers: int) -> None:
+    for count, step in figures.steps.items():
+        print(f"  {count:4d} sequences {step * 1e3:9.2f} ms a step {count / step:9.1f} tokens/s", end="")
+        if fewer:
+            full = whole(step, fewer.steps[count], figures, fewer, num_layers)
+            print(f"   {num_layers} layers: {full * 1e3:9.2f} ms {count / full:9.1f} tokens/s", end="")
+        print()
+    for length, first in figures.firsts.items():
+        print(f"  first token of {length:5d} {first * 1e3:9.1f} ms", end="")
+        if fewer:
+            full = whole(first, fewer.firsts[length], figures, fewer, num_layers)
+            print(f"   {num_layers} layers: {full * 1e3:9.1f} ms", end="")
+        print(flush=True)
+
+
+def report(args: argparse.Namespace, num_layers: int, use_cudagraph: bool, fewer: Figures | None) -> Figures:
+    """Builds, measures and prints one model."""
+    built = build(args.shape, num_layers, args.max_num_seqs, use_cudagraph, args.device)
+    print(f"{args.shape}, {num_layers} layers, CUDA graphs {'on' if use_cudagraph else 'off'},", end=" ")
+    print(f"built in {built.load_seconds:.1f} s")
+    for line in built.engine.description:
+        print(f"  {line}")
+    figures = measure(built, args.max_num_seqs)
+    print_figures(figures, fewer, SHAPES[args.shape]["num_hidden_layers"])
+    if args.device == "cuda":
+        for count in sorted({1, min(64, args.max_num_seqs)}):
+            print_parts(built, count)
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="21b")
+    parser.add_argument("--num-layers", type=int, help="fewer than the shape has, if they do not fit")
+    parser.add_argument(
+        "--compare-layers", type=int, help="of a second model, for what the missing ones take"
+    )
+    parser.add_argument("--max-num-seqs", type=int, default=128)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--use-cudagraph", action=argparse.BooleanOptionalAction, default=True)
+    args = parser.parse_args()
+    fewer = None
+    if args.compare_layers:
+        fewer = report(args, args.compare_layers, args.use_cudagraph, None)
+    report(args, args.num_layers or SHAPES[args.shape]["num_hidden_layers"], args.use_cudagraph, fewer)
+
+
+if __name__ == "__main__":
+    main()
