@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from gateway.deadline import remaining, within
 from gateway.detokenize import DetokenizeSession, Piece
 from gateway.requests import Event, Finished, Started, TextPiece
 from protos.wint2.common.v1.common_pb2 import (
@@ -30,7 +29,6 @@ class Completion:
 
     index: int
     session: DetokenizeSession
-    deadline: float
     stop_ids: frozenset[int]
     include_stop: bool
     is_finished: bool = False
@@ -60,11 +58,11 @@ class Completion:
         self.unprinted_logprobs += delta.logprobs[: len(token_ids)]
         if not token_ids:
             return []
-        piece = await within(remaining(self.deadline), self.session.push(token_ids))
+        piece = await self.session.push(token_ids)
         return self._print(piece)
 
     async def _finish(self, finish: Finish) -> list[Event]:
-        piece = await within(remaining(self.deadline), self.session.push((), end=True))
+        piece = await self.session.push((), end=True)
         stop_token = finish.stop_token_id if finish.HasField("stop_token_id") else None
         events = self._print(piece)
         if not self.is_finished:

@@ -17,6 +17,9 @@ from protos.rpc.errors import InvalidArgumentError, ServiceError, UnavailableErr
 from protos.wint2.tokenizer.v1 import tokenizer_pb2 as pb
 from protos.wint2.tokenizer.v1 import tokenizer_pb2_grpc
 
+# A tokenizer that takes longer than this for a batch of tokens is not there any more.
+EXCHANGE_SECONDS = 10.0
+
 Piece = pb.DetokenizePiece
 Call = grpc.aio.StreamStreamCall[pb.DetokenizeRequest, pb.DetokenizeResponse]
 LOST = UnavailableError(
@@ -72,7 +75,7 @@ class DetokenizeStream:
                     await self._exchange(call, batch)
         except grpc.aio.AioRpcError as failure:
             error = LOST if failure.code() is grpc.StatusCode.UNAVAILABLE else from_rpc_error(failure)
-        except asyncio.InvalidStateError:
+        except (asyncio.InvalidStateError, TimeoutError):
             error = LOST
         finally:
             call.cancel()
@@ -81,8 +84,9 @@ class DetokenizeStream:
     async def _exchange(
         self, call: Call, batch: list[tuple[pb.DetokenizeChunk, asyncio.Future[Piece]]]
     ) -> None:
-        await call.write(pb.DetokenizeRequest(chunks=[chunk for chunk, _ in batch]))
-        response = await call.read()
+        async with asyncio.timeout(EXCHANGE_SECONDS):
+            await call.write(pb.DetokenizeRequest(chunks=[chunk for chunk, _ in batch]))
+            response = await call.read()
         if not isinstance(response, pb.DetokenizeResponse):
             raise asyncio.InvalidStateError("the stream ended")
         for (_, future), piece in zip(batch, response.pieces, strict=True):

@@ -22,7 +22,7 @@ from gateway.http_errors import from_service_error
 from gateway.metrics import GatewayMetrics
 from gateway.pipeline import Pipeline
 from gateway.readiness import Readiness
-from gateway.requests import EncodedPrompt, Event, TextPiece, TextRequest
+from gateway.requests import EncodedPrompt, Event, Finished, TextPiece, TextRequest
 from gateway.schemas import CommonRequest, CompletionRequest
 from gateway.settings import GatewaySettings
 from gateway.sse import DONE, EventStream, sse, until_disconnect
@@ -124,8 +124,7 @@ class OpenAiApi:
         return time.monotonic() + self._settings.request_timeout
 
     def _model(self, body: CommonRequest) -> str:
-        names = [model.id for model in self._readiness.models()]
-        return body.model or next(iter(names), "")
+        return body.model or next((model.id for model in self._readiness.models()), "")
 
 
 async def observed(events: AsyncGenerator[Event], view: View, access: Access) -> AsyncGenerator[Event]:
@@ -155,23 +154,28 @@ async def stream(view: View, first: Event, events: AsyncGenerator[Event]) -> Asy
     options = view.body.stream_options
     head = {**view.head, "object": view.chunk_object}
     prompt_ids = view.prompt_ids()
-    is_usage_last = bool(options and options.include_usage)
     is_usage_always = bool(options and options.continuous_usage_stats)
+    num_open = len(view.prompts) * view.request.num_choices
+    tail = b""
     try:
         async with aclosing(events):
             event: Event | None = first
             while event is not None:
                 choice = await view.chunk_choice(event)
                 if choice is not None:
-                    usage = {"usage": view.tally.body() if is_usage_always else None}
-                    yield sse({**head, "choices": [choice], **(usage if options else {}), **prompt_ids})
+                    usage = {"usage": view.tally.body() if is_usage_always else None} if options else {}
+                    tail += sse({**head, "choices": [choice], **usage, **prompt_ids})
                     prompt_ids = {}
+                num_open -= isinstance(event, Finished)
+                if tail and num_open:
+                    yield tail
+                    tail = b""
                 event = await anext(events, None)
-        if is_usage_last:
-            yield sse({**head, "choices": [], "usage": view.tally.body()})
+        if options and options.include_usage:
+            tail += sse({**head, "choices": [], "usage": view.tally.body()})
     except ServiceError as error:
-        yield sse(from_service_error(error).body)
-    yield DONE
+        tail += sse(from_service_error(error).body)
+    yield tail + DONE
 
 
 def model_body(model: Model) -> responses.ModelBody:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 from array import array
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 
 from gateway.clients import Placement, SchedulerClient, TokenizerClient, WorkerClient
@@ -29,6 +30,7 @@ JOINT_TOKENS = 8
 # Prompts that agree in so many tokens (two KV blocks) like the same worker.
 AFFINITY_TOKENS = 128
 SEEDS = 1 << 64
+SHORT_INTERVAL_MS = 20  # about a step of an engine: tokens come no faster
 
 
 class Pipeline:
@@ -40,16 +42,21 @@ class Pipeline:
         scheduler: SchedulerClient,
         workers: WorkerClient,
         metrics: GatewayMetrics,
+        max_deltas_per_second: float,
     ) -> None:
         self.tokenizer = tokenizer
         self.scheduler = scheduler
         self._workers = workers
         self._metrics = metrics
+        self._max_deltas_per_second = max_deltas_per_second
+        self._num_choices = 0
 
     async def encode(self, request: TextRequest) -> list[EncodedPrompt]:
         """Every prompt as token ids; the bad words too, in the request's sampling parameters."""
         if request.bad_words:
             request.sampling_params.bad_words_token_ids.extend(await self._encode_bad_words(request))
+        if len(request.prompts) == 1:
+            return [await self._encode(request.prompts[0], request)]
         return list(await asyncio.gather(*(self._encode(prompt, request) for prompt in request.prompts)))
 
     async def run(self, request: TextRequest, prompts: Sequence[EncodedPrompt]) -> AsyncGenerator[Event]:
@@ -89,7 +96,8 @@ class Pipeline:
         """One completion. Until its first token is out, a worker that fails is replaced by another."""
         schedule = schedule_request(index, request, prompt)
         generate = generate_request(index, request, prompt)
-        with self._metrics.observe_choice() as observer:
+        generate.min_delta_interval_ms = delta_interval_ms(self._num_choices, self._max_deltas_per_second)
+        with self._counted(), self._metrics.observe_choice() as observer:
             while True:
                 async with self.scheduler.place(schedule, remaining(request.deadline)) as placement:
                     try:
@@ -104,6 +112,14 @@ class Pipeline:
                         if is_last or observer.has_tokens or error.reason == "TOKENIZER_LOST":
                             raise
                         logger.warning("%s; trying another worker", error)
+
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        self._num_choices += 1
+        try:
+            yield
+        finally:
+            self._num_choices -= 1
 
     async def _attempt(
         self, index: int, request: TextRequest, generate: GenerateRequest, placement: Placement
@@ -120,7 +136,7 @@ class Pipeline:
         stop_ids = stop_token_ids(generate.sampling_params, placement.placed.eos_token_ids)
         async with aclosing(responses):
             with self.tokenizer.session(options) as session:
-                completion = Completion(index, session, request.deadline, stop_ids, request.include_stop)
+                completion = Completion(index, session, stop_ids, request.include_stop)
                 async for response in responses:
                     for event in await completion.feed(response):
                         yield event
@@ -129,6 +145,12 @@ class Pipeline:
         raise UnavailableError(
             "the worker ended the stream early", reason="WORKER_LOST", retry_after_seconds=1
         )
+
+
+def delta_interval_ms(num_choices: int, max_deltas_per_second: float) -> int:
+    """How long a choice's tokens gather so that all together stay under the rate; 0 if that is short."""
+    interval_ms = int(num_choices / max_deltas_per_second * 1e3)
+    return interval_ms if interval_ms > SHORT_INTERVAL_MS else 0
 
 
 def schedule_request(index: int, request: TextRequest, prompt: Sequence[int]) -> ScheduleRequest:

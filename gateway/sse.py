@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncGenerator, Awaitable, Coroutine
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
+import orjson
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from gateway.deadline import within
+from gateway.deadline import StallWatch
 from protos.rpc.errors import CancelledError, DeadlineError
 
 T = TypeVar("T")
@@ -20,7 +20,7 @@ DONE = b"data: [DONE]\n\n"
 
 def sse(data: Any) -> bytes:
     """One event."""
-    return b"data: " + json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + orjson.dumps(data) + b"\n\n"
 
 
 async def until_disconnect(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -44,7 +44,7 @@ async def _disconnected(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Sends what the generator yields, at the client's pace; closes the generator when the client leaves.
+    """Sends what the generator yields up to DONE, at the client's pace; closes it when the client leaves.
 
     A client that reads nothing for `write_timeout` seconds is as good as gone.
     """
@@ -65,8 +65,11 @@ class EventStream(Response):
 
     async def _write(self, send: Send) -> None:
         async with aclosing(self._events) as events:
+            loop = asyncio.get_running_loop()
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            async for event in events:
-                body: Awaitable[None] = send({"type": "http.response.body", "body": event, "more_body": True})
-                await within(self._write_timeout, body)
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            with StallWatch(self._write_timeout) as watch:
+                async for event in events:
+                    watch.since = loop.time()
+                    is_last = event.endswith(DONE)
+                    await send({"type": "http.response.body", "body": event, "more_body": not is_last})
+                    watch.since = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
@@ -11,6 +12,7 @@ from gpu_worker.engine.errors import EngineDeadError, EngineDrainingError, Reque
 from gpu_worker.engine.loop import EngineLoop
 from gpu_worker.engine.sequence import Request, StepOutput
 from gpu_worker.metrics import RequestMetrics
+from gpu_worker.tracing import record_phases
 from protos.rpc import errors
 from protos.rpc.interceptor import Context
 from protos.wint2.worker.v1 import worker_pb2, worker_pb2_grpc
@@ -44,6 +46,9 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             ):
                 async for response in responses:
                     yield response
+                    if response.HasField("delta") and request.min_delta_interval_ms:
+                        # Meanwhile the engine's outputs gather, and the next delta has all of them.
+                        await asyncio.sleep(request.min_delta_interval_ms / 1e3)
         except (RequestError, EngineDeadError, EngineDrainingError) as error:
             raise messages.service_error(error, taken, self._model.max_model_len) from error
 
@@ -100,6 +105,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                 params = messages.effective_params(request, self._model.max_model_len)
                 yield messages.prompt_info(output, params)
                 is_first = False
+            if output.timings is not None:
+                record_phases(output.timings)
             for response in messages.responses(output):
                 yield response
 
