@@ -8,10 +8,18 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from opentelemetry import trace
+
 from gateway.requests import Event, Finished, TextPiece
 from protos.rpc.errors import ServiceError
 
 logger = logging.getLogger("gateway.access")
+
+SPAN_ATTRIBUTES = {
+    "prompt_tokens": "gen_ai.usage.input_tokens",
+    "completion_tokens": "gen_ai.usage.output_tokens",
+    "time_to_first_token_seconds": "gen_ai.server.time_to_first_token",
+}
 
 
 @dataclass
@@ -37,6 +45,11 @@ class Access:
         """Writes the line; in JSON logs its figures are fields."""
         figures = self.figures(time.perf_counter())
         logger.info("%s %s %s", what, outcome, describe(figures), extra={"fields": figures})
+
+    def attributes(self) -> dict[str, float]:
+        """The figures in OpenTelemetry's words."""
+        figures = self.figures(time.perf_counter())
+        return {SPAN_ATTRIBUTES[name]: value for name, value in figures.items() if name in SPAN_ATTRIBUTES}
 
     def figures(self, now: float) -> dict[str, float]:
         """Only what there is to tell of this request."""
@@ -78,4 +91,5 @@ def logged(what: str) -> Iterator[Access]:
         outcome = "INTERNAL"
         raise
     finally:
+        trace.get_current_span().set_attributes(access.attributes())
         access.log(what, outcome)

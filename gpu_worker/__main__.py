@@ -29,6 +29,7 @@ from protos.rpc.errors import FatalError, StartupError
 from protos.rpc.process import Shutdown, run_service
 from protos.rpc.server import GrpcServer, Service
 from protos.rpc.telemetry import configure_logging, start_metrics_server
+from protos.rpc.tracing import configure_tracing
 from protos.wint2.scheduler.v1 import scheduler_pb2
 from protos.wint2.worker.v1 import worker_pb2, worker_pb2_grpc
 
@@ -47,6 +48,7 @@ def main() -> None:
 
 async def serve(settings: WorkerSettings, shutdown: Shutdown) -> None:
     """Listens first, so that health and a port in use show before the model loads; serves once it has."""
+    configure_tracing("worker", settings.tracing_endpoint)
     registry = CollectorRegistry()
     server = GrpcServer(settings.listen, [SERVICE], security=settings.read_security())
     async with server.listening() as address:

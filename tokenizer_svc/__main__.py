@@ -9,6 +9,7 @@ import sys
 from protos.rpc.process import Shutdown, run_service
 from protos.rpc.server import GrpcServer, Service
 from protos.rpc.telemetry import configure_logging
+from protos.rpc.tracing import configure_tracing
 from protos.wint2.tokenizer.v1 import tokenizer_pb2, tokenizer_pb2_grpc
 from tokenizer_svc.errors import TokenizerLoadError
 from tokenizer_svc.servicer import TokenizerServicer
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 async def main(settings: TokenizerSettings, shutdown: Shutdown) -> None:
     configure_logging(settings.log_level, "tokenizer", settings.log_format)
+    configure_tracing("tokenizer", settings.tracing_endpoint)
     server = GrpcServer(settings.listen, [DESCRIPTOR], security=settings.read_security())
     await server.start()
     tokenizer = await asyncio.to_thread(

@@ -11,9 +11,11 @@ from gateway.scheduler.settings import SchedulerSettings
 from protos.rpc.process import Shutdown, run_service
 from protos.rpc.server import GrpcServer
 from protos.rpc.telemetry import configure_logging
+from protos.rpc.tracing import configure_tracing
 
 
 async def serve(settings: SchedulerSettings, shutdown: Shutdown) -> None:
+    configure_tracing("scheduler", settings.tracing_endpoint)
     server = GrpcServer(settings.listen, [DESCRIPTOR], security=settings.read_security())
     address = await server.start()
     dispatcher = Dispatcher(Scheduler(settings.scheduler_config()))

@@ -5,14 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager, nullcontext, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from typing import Any, TypeAlias
 
 import grpc
 
 from protos.rpc.errors import InternalError, ServiceError, UnavailableError
 from protos.rpc.telemetry import REQUEST_ID_KEY, bind_request_id, request_id_from
+from protos.rpc.tracing import server_span
 
 logger = logging.getLogger(__name__)
 
@@ -123,7 +124,7 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
         try:
             if self._authenticate is not None:
                 self._authenticate(method, metadata)
-            with nullcontext() if method in self._background else self.calls.stay():
+            with self._stay(method, metadata):
                 await context.send_initial_metadata(((REQUEST_ID_KEY, request_id),))
                 yield
         except ServiceError as error:
@@ -142,6 +143,17 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
             await _abort(context, hidden)
         finally:
             logger.debug("%s %s %.1f ms", method, outcome, (time.perf_counter() - started) * 1e3)
+
+    @contextmanager
+    def _stay(self, method: str, metadata: Mapping[str, str | bytes]) -> Iterator[None]:
+        """The time of one call: counted and traced, unless it lasts as long as its client."""
+        if method in self._background:
+            yield
+            return
+        service, _, name = method[1:].partition("/")
+        attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name}
+        with self.calls.stay(), server_span(method[1:], metadata, attributes):
+            yield
 
 
 async def _abort(context: Context, error: ServiceError) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -66,6 +67,11 @@ class ServiceSettings(BaseSettings):
     log_format: Literal["text", "json"] = Field(
         "text", description="one readable line an event, or one JSON object"
     )
+    otlp_endpoint: str | None = Field(
+        None,
+        description="OpenTelemetry collector that spans are sent to (gRPC, http://host:4317); "
+        "default: OTEL_EXPORTER_OTLP_ENDPOINT, without which there is no tracing",
+    )
     tls_cert: Path | None = Field(
         None, description="PEM certificate of this service: its gRPC port speaks TLS; also shown to others"
     )
@@ -76,6 +82,12 @@ class ServiceSettings(BaseSettings):
     tls_client_auth: bool = Field(
         False, description="callers must show a certificate of --tls-ca (mutual TLS)"
     )
+
+    @property
+    def tracing_endpoint(self) -> str | None:
+        """Where spans go, by flag or by OpenTelemetry's own variables."""
+        names = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+        return self.otlp_endpoint or next((os.environ[name] for name in names if os.environ.get(name)), None)
 
     def read_security(self) -> Security:
         """The TLS files that the flags name. Raises StartupError."""

@@ -14,6 +14,7 @@ from wsgiref.simple_server import WSGIServer
 import prometheus_client
 
 from protos.rpc.errors import StartupError
+from protos.rpc.tracing import trace_headers
 
 LogFormat = Literal["text", "json"]
 REQUEST_ID_KEY = "x-request-id"
@@ -42,7 +43,8 @@ def request_id_from(metadata: Iterable[tuple[str, str | bytes]]) -> str:
 def outgoing_metadata() -> tuple[tuple[str, str], ...]:
     """What a call to another service carries on from the current request."""
     request_id = current_request_id()
-    return ((REQUEST_ID_KEY, request_id),) if request_id else ()
+    ids = ((REQUEST_ID_KEY, request_id),) if request_id else ()
+    return (*ids, *trace_headers().items())
 
 
 class TextFormatter(logging.Formatter):
