@@ -38,6 +38,9 @@ class WorkerSettings(ServiceSettings):
     load_format: Literal["auto", "dummy"] = Field(
         "auto", description="auto reads the checkpoint's weights; dummy makes random ones of the same shape"
     )
+    k_order: Literal["auto", "shuffled", "natural"] = Field(
+        "auto", description="order of rows in a WINT2 file's 64-groups; auto finds it out from the weights"
+    )
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share the model")
     max_model_len: int | None = Field(
         None, ge=2, description="longest prompt plus completion, in tokens; default: what the model allows"

@@ -61,6 +61,9 @@ class ServeSettings(BaseSettings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="where the model is computed")
     dtype: Literal["auto", "float32", "bfloat16"] = Field("auto", description="arithmetic of the activations")
     load_format: Literal["auto", "dummy"] = Field("auto", description="dummy: random weights, for benchmarks")
+    k_order: Literal["auto", "shuffled", "natural"] = Field(
+        "auto", description="order of rows in WINT2 files (auto finds it out)"
+    )
     tensor_parallel_size: Count = Field(1, description="GPUs that share one model")
     data_parallel_size: Count = Field(1, description="workers, each with a model and GPUs of its own")
     use_cudagraph: bool = Field(True, description="replay decode steps from CUDA graphs")

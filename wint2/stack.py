@@ -14,6 +14,7 @@ WORKER_FLAGS = (
     "device",
     "dtype",
     "load_format",
+    "k_order",
     "tensor_parallel_size",
     "use_cudagraph",
     "seed",

@@ -20,6 +20,7 @@ from gpu_worker.engine.profiling import measure_activation_bytes
 from gpu_worker.layers.kv_cache import KVCache
 from gpu_worker.model.config_reader import read_model_config
 from gpu_worker.model.decoder import Decoder
+from gpu_worker.model.k_order import KOrderChoice
 from gpu_worker.model.loader import LoadFormat, load_model
 
 Progress = Callable[[int, int], None]
@@ -33,6 +34,7 @@ class EngineArgs:
     device: str = "auto"
     dtype: str = "auto"
     load_format: LoadFormat = "auto"
+    k_order: KOrderChoice = "auto"
     tensor_parallel_size: int = 1
     max_model_len: int | None = None
     max_num_seqs: int = 256
@@ -52,9 +54,10 @@ class EngineArgs:
                 "tensor_parallel_size",
                 f"must be 1: a worker runs the model on one device, got {self.tensor_parallel_size}",
             )
-        if self.load_format not in get_args(LoadFormat):
-            wanted = " or ".join(get_args(LoadFormat))
-            raise EngineArgsError("load_format", f"must be {wanted}, got {self.load_format!r}")
+        for name, choices in (("load_format", LoadFormat), ("k_order", KOrderChoice)):
+            if getattr(self, name) not in get_args(choices):
+                wanted = " or ".join(get_args(choices))
+                raise EngineArgsError(name, f"must be {wanted}, got {getattr(self, name)!r}")
         for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
             if getattr(self, name) < 1:
                 raise EngineArgsError(name, f"must be at least 1, got {getattr(self, name)}")
@@ -98,6 +101,7 @@ def build_engine(
         dtype=dtype,
         progress=progress,
         load_format=args.load_format,
+        k_order=args.k_order,
     )
     config = _plan(args, model_config, choice.device, dtype, model)
     cache = config.cache

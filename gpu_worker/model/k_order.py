@@ -72,9 +72,9 @@ def expert_norms(expert: MLPPlan) -> ExpertNorms:
     rows_per_entry = {"quant_weight": 4, "weight_scale": 128}
     up_gate = {
         name: tensor[: _NUM_SAMPLED // rows_per_entry[name]] if name in rows_per_entry else tensor
-        for name, tensor in expert.up_gate.stored().items()
+        for name, tensor in expert.up_gate.read().items()
     }
-    down = {name: tensor[..., :_NUM_SAMPLED] for name, tensor in expert.down.stored().items()}
+    down = {name: tensor[..., :_NUM_SAMPLED] for name, tensor in expert.down.read().items()}
     written = _log_norm(_decode(up_gate, "shuffled").square().mean(0).view(2, -1).sum(0))
     read = {order: _log_norm(_decode(down, order).square().mean(1)) for order in get_args(KOrder)}
     return ExpertNorms(written, {order: norms[: len(written)] for order, norms in read.items()})

@@ -86,13 +86,8 @@ class StoredLinear:
     def stored_bytes(self) -> int:
         return sum(tensor.nbytes for rank in self.ranks for tensor in rank.values())
 
-    def read(self) -> dict[str, torch.Tensor]:
-        """The tensors as stored, by suffix, of a checkpoint with one rank."""
-        (tensors,) = self.ranks
-        return {suffix: tensor.read() for suffix, tensor in tensors.items()}
-
-    def stored(self, rank: int = 0) -> dict[str, torch.Tensor]:
-        """One rank's tensors as they are in its files."""
+    def read(self, rank: int = 0) -> dict[str, torch.Tensor]:
+        """One rank's tensors as stored, by suffix."""
         return {suffix: tensor.read() for suffix, tensor in self.ranks[rank].items()}
 
     def release(self) -> None:
@@ -112,7 +107,7 @@ class StoredLinear:
         return torch.cat([part for section in zip(*by_rank, strict=True) for part in section])
 
     def _dense_rank(self, rank: int, k_order: KOrder) -> torch.Tensor:
-        read = self.stored(rank)
+        read = self.read(rank)
         if self.format == "none":
             parts = [part.T if self.is_in_out else part for part in read.values()]
             return torch.cat(parts) if len(parts) > 1 else parts[0]
