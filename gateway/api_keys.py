@@ -7,6 +7,7 @@ import hmac
 from collections.abc import Iterable
 from pathlib import Path
 
+from gateway.quotas import current_client
 from protos.rpc.errors import UnauthenticatedError
 
 
@@ -20,7 +21,10 @@ class ApiKeys:
         self._from_file: frozenset[bytes] = frozenset()
 
     def check(self, authorization: str | None) -> None:
-        """Raises UnauthenticatedError unless `authorization` is "Bearer KEY" with a known key."""
+        """Makes the key's owner the current client.
+
+        Raises UnauthenticatedError unless `authorization` is "Bearer KEY" with a known key.
+        """
         self._reload()
         known = self._fixed | self._from_file
         if not known and self._path is None:
@@ -31,6 +35,7 @@ class ApiKeys:
         if scheme.lower() != "bearer" or not any(matches):
             what = "Incorrect API key provided." if authorization else "No API key provided."
             raise UnauthenticatedError(f"{what} Send it as 'Authorization: Bearer KEY'.")
+        current_client.set(offered.hex())
 
     def _reload(self) -> None:
         """A file that cannot be read keeps the keys that it had."""

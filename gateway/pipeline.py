@@ -15,7 +15,8 @@ from gateway.completion import Completion, stop_token_ids
 from gateway.deadline import remaining
 from gateway.merge import merge
 from gateway.metrics import GatewayMetrics
-from gateway.requests import EncodedPrompt, Event, Prompt, TextRequest
+from gateway.quotas import Quotas
+from gateway.requests import EncodedPrompt, Event, Prompt, TextPiece, TextRequest
 from protos.rpc.errors import InvalidArgumentError, UnavailableError
 from protos.wint2.common.v1.common_pb2 import SamplingParams, TokenIds
 from protos.wint2.scheduler.v1.scheduler_pb2 import ScheduleRequest
@@ -42,12 +43,14 @@ class Pipeline:
         scheduler: SchedulerClient,
         workers: WorkerClient,
         metrics: GatewayMetrics,
+        quotas: Quotas,
         max_deltas_per_second: float,
     ) -> None:
         self.tokenizer = tokenizer
         self.scheduler = scheduler
         self._workers = workers
         self._metrics = metrics
+        self._quotas = quotas
         self._max_deltas_per_second = max_deltas_per_second
         self._num_choices = 0
 
@@ -65,9 +68,12 @@ class Pipeline:
             self._choice(index, request, prompts[index // request.num_choices].token_ids)
             for index in range(len(prompts) * request.num_choices)
         ]
-        with self._metrics.in_flight():
+        num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+        with self._quotas.request(num_prompt_tokens) as charge, self._metrics.in_flight():
             async with aclosing(merge(choices)) as events:
                 async for event in events:
+                    if isinstance(event, TextPiece):
+                        charge(len(event.token_ids))
                     yield event
 
     async def _encode(self, prompt: Prompt, request: TextRequest) -> EncodedPrompt:

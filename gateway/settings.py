@@ -7,6 +7,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
+from gateway.quotas import Quotas
 from gateway.requests import Limits
 from gateway.scheduler.settings import SchedulerFlags
 from protos.rpc.settings import StringList, service_config
@@ -52,6 +53,12 @@ class GatewaySettings(SchedulerFlags):
     api_key_file: Path | None = Field(
         None, description="file with one key a line; read again whenever it changes"
     )
+    max_requests_per_key: int | None = Field(
+        None, gt=0, description="requests that one API key may have running; without keys: that all may have"
+    )
+    max_tokens_per_minute_per_key: int | None = Field(
+        None, gt=0, description="tokens, prompts and completions, that one API key may use a minute"
+    )
     allow_origin: StringList = Field(
         (), description='origin whose web pages may call the HTTP API ("*": any); may be repeated'
     )
@@ -61,6 +68,9 @@ class GatewaySettings(SchedulerFlags):
 
     def limits(self) -> Limits:
         return Limits(self.max_choices, self.trust_request_chat_template)
+
+    def quotas(self) -> Quotas:
+        return Quotas(self.max_requests_per_key, self.max_tokens_per_minute_per_key)
 
     @model_validator(mode="after")
     def _key_file_is_readable(self) -> Self:

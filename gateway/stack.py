@@ -64,7 +64,9 @@ async def running(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         stack.push_async_callback(workers.close)
         metrics = GatewayMetrics()
         readiness = Readiness(tokenizer, scheduler, workers, grpc_server.set_serving)
-        pipeline = Pipeline(tokenizer, scheduler, workers, metrics, settings.max_deltas_per_second)
+        pipeline = Pipeline(
+            tokenizer, scheduler, workers, metrics, settings.quotas(), settings.max_deltas_per_second
+        )
         grpc_server.add(gateway_service(pipeline, readiness, settings))
         routers = (
             openai_routes(api := OpenAiApi(pipeline, readiness, metrics, settings)),
