@@ -92,7 +92,10 @@ READERS: Mapping[str, Callable[[Any], Any]] = {
 def effective_params(request: Request, max_model_len: int) -> common_pb2.SamplingParams:
     """The parameters in force, defaults filled in."""
     room = max_model_len - len(request.prompt_token_ids)
-    params = replace(request.params, max_tokens=min(request.params.max_tokens or room, room))
+    return write_params(replace(request.params, max_tokens=min(request.params.max_tokens or room, room)))
+
+
+def write_params(params: SamplingParams) -> common_pb2.SamplingParams:
     given = {name: getattr(params, name) for name in WIRE_PARAM_NAMES}
     written = {name: WRITERS[name](value) if name in WRITERS else value for name, value in given.items()}
     return common_pb2.SamplingParams(**{name: value for name, value in written.items() if value is not None})

@@ -12,6 +12,7 @@ import torch
 
 from gpu_worker.config import CacheConfig, EngineConfig, ModelConfig, QuantizationConfig, SchedulerConfig
 from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.grammars import Grammars
 from gpu_worker.layers.batch import Batch
 from gpu_worker.layers.kv_cache import KVCache
 
@@ -129,9 +130,12 @@ def engine_config(
 
 
 def make_engine(
-    config: EngineConfig | None = None, model: HashModel | None = None, **limits: int | bool
+    config: EngineConfig | None = None,
+    model: HashModel | None = None,
+    grammars: Grammars | None = None,
+    **limits: int | bool,
 ) -> Engine:
     config = config or engine_config(**limits)  # type: ignore[arg-type]
     cache = config.cache
     kv_cache = KVCache(1, cache.num_blocks, cache.block_size, 1, 1, cache.dtype, config.device)
-    return Engine(config, model or HashModel(), kv_cache)
+    return Engine(config, model or HashModel(), kv_cache, grammars=grammars)

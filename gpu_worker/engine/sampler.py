@@ -155,7 +155,7 @@ class Sampler:
         for position, constraint in self._masks.advance(token_ids).items():
             is_complete[position] = constraint.is_complete
             if constraint.error is not None:
-                errors[position] = f"structured_output cannot be followed: {constraint.error}"
+                errors.setdefault(position, f"structured_output cannot be followed: {constraint.error}")
 
     def _draw(self, logits_SV: torch.Tensor, token_ids_S: torch.Tensor, plan: _Plan) -> None:
         """Replaces the likeliest token by a drawn one in the rows that are not greedy."""

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
+import re
 from pathlib import Path
 
 import pytest
 
 from gpu_worker.engine.errors import ContextLengthError, EngineArgsError, RequestError
 from tests.tiny import make_tiny_model
-from wint2 import LLM, SamplingParams
+from wint2 import LLM, SamplingParams, StructuredOutput
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6, ignore_eos=True)
 
@@ -179,3 +181,30 @@ def test_keywords_of_fastdeploy_are_understood_or_noted(model, caplog):
 def test_whole_prompts_get_a_budget_that_holds_them(model):
     llm = LLM(model, enable_chunked_prefill=False, max_num_batched_tokens=512, num_kv_blocks=32)
     assert llm._engine.config.scheduler.max_num_batched_tokens == 2048
+
+
+def test_bad_words_are_not_said(llm):
+    (free,) = llm.generate("the thing", GREEDY, use_tqdm=False)
+    word = llm.get_tokenizer().decode(free.outputs.token_ids[:2])
+    (kept,) = llm.generate("the thing", dataclasses.replace(GREEDY, bad_words=[word]), use_tqdm=False)
+    assert word in free.outputs.text
+    assert word not in kept.outputs.text
+
+
+def test_a_prompt_is_scored(llm):
+    ids = llm.get_tokenizer().encode("the thing is on the hat")
+    params = dataclasses.replace(GREEDY, prompt_logprobs=2)
+    (first,) = llm.generate([ids], params, use_tqdm=False)
+    (again,) = llm.generate([ids], params, use_tqdm=False)
+    assert first.prompt_logprobs[0] is None
+    assert [token_id in scores for token_id, scores in zip(ids[1:], first.prompt_logprobs[1:], strict=True)]
+    assert first.prompt_logprobs == again.prompt_logprobs  # though the prefix cache knows it by now
+    assert len(first.prompt_logprobs) == len(ids)
+
+
+def test_structured_output(llm):
+    wanted = StructuredOutput(regex="[ab]{3}(the|ing)")
+    params = SamplingParams(seed=1, max_tokens=20, structured_output=wanted, n=3)
+    (output,) = llm.generate("say", params, use_tqdm=False)
+    assert all(re.fullmatch("[ab]{3}(the|ing)", one.text) for one in output.outputs)
+    assert {one.finish_reason for one in output.outputs} == {"stop"}

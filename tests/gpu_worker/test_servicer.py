@@ -11,8 +11,11 @@ import grpc
 import pytest
 from prometheus_client import CollectorRegistry
 
+from gpu_worker import messages
 from gpu_worker.engine.loop import EngineLoop
 from gpu_worker.metrics import RequestMetrics
+from gpu_worker.sampling_params import SamplingParams as EngineParams
+from gpu_worker.sampling_params import StructuredOutput
 from gpu_worker.servicer import WorkerServicer
 from protos.rpc.errors import (
     ContextLengthError,
@@ -25,6 +28,7 @@ from protos.wint2.common.v1.common_pb2 import SamplingParams, TokenIds
 from protos.wint2.worker.v1 import worker_pb2, worker_pb2_grpc
 from tests.fakes import connected, worker_service
 from tests.fakes_model import EOS, VOCAB_SIZE, HashModel, make_engine
+from tests.gpu_worker.naive_engine import prompt_logprobs
 
 LIMIT = 64  # max_model_len of make_engine
 
@@ -136,6 +140,63 @@ async def test_logprobs_come_with_every_token():
         )
 
 
+async def test_completions_of_one_prompt_come_under_their_index():
+    async with worker() as (stub, _):
+        events = [event async for event in stub.Generate(request(n=3, temperature=1, seed=7))]
+        assert [event.WhichOneof("event") for event in events].count("prompt_info") == 1
+        finishes = [event.finish for event in events if event.HasField("finish")]
+        assert sorted(finish.index for finish in finishes) == [0, 1, 2]
+        for index in range(3):
+            _, alone, _ = await collect(stub.Generate(request(temperature=1, seed=7 + index)))
+            deltas = [event.delta for event in events if event.HasField("delta")]
+            assert [i for delta in deltas if delta.index == index for i in delta.token_ids] == alone
+
+
+async def test_a_prompt_is_scored_token_by_token():
+    async with worker(max_num_batched_tokens=8) as (stub, _):
+        prompt = [5, 6, 7] * 6
+        info, _, _ = await collect(stub.Generate(request(prompt, prompt_logprobs=2, max_tokens=1)))
+        assert [position.sampled.token_id for position in info.prompt_logprobs] == prompt[1:]
+        assert all(len(position.top) == 2 for position in info.prompt_logprobs)
+        scores = [position.sampled.logprob for position in info.prompt_logprobs]
+        assert scores == pytest.approx(prompt_logprobs(prompt), abs=1e-4)
+
+
+async def test_every_parameter_reaches_the_engine_and_is_told_back():
+    wanted = SamplingParams(
+        bad_words_token_ids=[TokenIds(ids=[5, 6]), TokenIds(ids=[7])],
+        allowed_token_ids=range(5, 20),
+        prompt_logprobs=0,
+        logit_bias={9: 2},
+        stop_token_ids=[19],
+        n=2,
+    )
+    async with worker() as (stub, _):
+        message = request()
+        message.sampling_params.MergeFrom(wanted)
+        events = [event async for event in stub.Generate(message)]
+        effective = events[0].prompt_info.effective_params
+        for field, value in wanted.ListFields():
+            assert getattr(effective, field.name) == value
+        ids = [token_id for event in events for token_id in event.delta.token_ids]
+        assert set(ids) <= set(range(5, 20)) - {7}
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [
+        StructuredOutput(json_object=True),
+        StructuredOutput(json_schema={"type": "object"}),
+        StructuredOutput(regex="a+"),
+        StructuredOutput(grammar='start: "a"'),
+        StructuredOutput(choice=["a", "b"]),
+    ],
+)
+def test_structured_output_survives_the_wire(wanted):
+    params = messages.write_params(EngineParams(structured_output=wanted))
+    assert messages.read_params(params).structured_output == wanted
+
+
 async def test_a_completion_does_not_depend_on_company():
     async with worker() as (stub, _):
         alone = [(await collect(stub.Generate(request((5, i)))))[1] for i in range(6)]
@@ -174,6 +235,12 @@ async def test_the_same_prompt_again_comes_from_the_prefix_cache():
         ({"logit_bias": {VOCAB_SIZE: 1}}, "sampling_params.logit_bias", f"0 to {VOCAB_SIZE - 1}"),
         ({"logit_bias": {5: 101}}, "sampling_params.logit_bias", "between -100"),
         ({"logit_bias": {5: math.inf}}, "sampling_params.logit_bias", "between -100"),
+        ({"allowed_token_ids": [VOCAB_SIZE]}, "sampling_params.allowed_token_ids", f"0 to {VOCAB_SIZE - 1}"),
+        ({"bad_words_token_ids": [TokenIds()]}, "sampling_params.bad_words_token_ids", "empty run"),
+        ({"prompt_logprobs": 21}, "sampling_params.prompt_logprobs", "between 0 and 20, got 21"),
+        ({"n": 129}, "sampling_params.n", "between 1 and 128, got 129"),
+        ({"structured_output": {}}, "sampling_params.structured_output", "none given"),
+        ({"structured_output": {"regex": "a"}}, "sampling_params.structured_output", "tokenizer"),
         ({"ids": ()}, "prompt", "at least one token"),
         ({"ids": (5, VOCAB_SIZE)}, "prompt", f"token id {VOCAB_SIZE} at position 1"),
         ({"request_id": "x" * 300}, "request_id", "at most 256 characters, got 300"),
