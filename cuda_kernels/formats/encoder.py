@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from cuda_kernels.formats import ccq
-from cuda_kernels.formats.feedback import Settler, descent_couplings
+from cuda_kernels.formats.codebooks import CODEBOOKS
+from cuda_kernels.formats.feedback import Curvature, Settler
 from cuda_kernels.formats.layout import GROUP_SIZE, FormatError
-from cuda_kernels.formats.scales import Fitter, Metric, Scales
+from cuda_kernels.formats.scales import Fit, Fitter, Metric, Scales
 
 Effort = Literal["fast", "normal", "best"]
 
@@ -20,22 +21,17 @@ class Plan:
     """How hard one effort level works."""
 
     num_codebooks: int  # candidates of (code_scale, code_zp) tried on every column
-    rounds: int  # alternations of codes and scales
+    settled_codebooks: int  # the same under a Hessian, where a codebook more is a pass of its own
+    trial_rounds: int  # alternations of codes and scales before a column chooses among these
+    rounds: int  # the same afterwards
     descents: int  # passes of coordinate descent after the feedback pass
 
 
 PLANS: dict[Effort, Plan] = {
-    "fast": Plan(num_codebooks=1, rounds=1, descents=0),
-    "normal": Plan(num_codebooks=2, rounds=2, descents=2),
-    "best": Plan(num_codebooks=24, rounds=2, descents=4),
+    "fast": Plan(num_codebooks=1, settled_codebooks=1, trial_rounds=1, rounds=0, descents=0),
+    "normal": Plan(num_codebooks=4, settled_codebooks=1, trial_rounds=0, rounds=1, descents=2),
+    "best": Plan(num_codebooks=len(CODEBOOKS), settled_codebooks=8, trial_rounds=1, rounds=2, descents=4),
 }
-
-# (code_scale, code_zp) on the 1/128 grid, where both published roundings and integer arithmetic agree on
-# every code. tests/bench/search_codebooks.py found them: best mean squared error on Gaussian vectors first.
-CODEBOOKS = (
-    (120.9453125, 1240.4921875),
-    (120.9609375, 1189.421875),
-)
 
 _DAMPING = 0.01  # of the mean diagonal, added to a Hessian
 
@@ -56,12 +52,12 @@ def encode(slots: Tensor, hessian: Tensor | None, effort: Effort) -> Encoding:
     K]."""
     if effort not in PLANS:
         raise FormatError(f"effort: expected one of {', '.join(PLANS)}, got {effort!r}")
-    plan = PLANS[effort]
     if hessian is None:
-        return _encode_plain(slots, Metric.plain(slots.shape[0], slots.device), plan)
+        return _encode(slots, Metric.plain(slots.shape[0], slots.device), None, PLANS[effort])
     hessian = damp(hessian)
     order = _importance_order(hessian)
-    found = _encode_settled(slots[order], hessian[order][:, order], plan)
+    curvature = Curvature.of(hessian[order][:, order])
+    found = _encode(slots[order], curvature.descent.metric, curvature, PLANS[effort])
     blocks = order[::4] // 4
     groups = order[::GROUP_SIZE] // GROUP_SIZE
     return replace(
@@ -88,46 +84,58 @@ def _importance_order(hessian: Tensor) -> Tensor:
     return (blocks.view(-1, 1) * 4 + torch.arange(4, device=hessian.device)).flatten()
 
 
-def _encode_plain(slots: Tensor, metric: Metric, plan: Plan) -> Encoding:
-    """Per column the best of the plan's codebooks."""
-    best: Encoding | None = None
-    least = torch.full((slots.shape[1],), torch.inf, device=slots.device)
-    for pair in CODEBOOKS[: plan.num_codebooks]:
-        fitter = Fitter(slots, ccq.codebook(*pair).to(slots.device), metric)
-        codes, scales, error = fitter.fit(plan.rounds)
-        found = _as_encoding(codes, scales, pair)
-        best = found if best is None else _merge(error < least, found, best)
-        least = torch.minimum(error, least)
-    assert best is not None
-    return best
+def _encode(rows: Tensor, metric: Metric, curvature: Curvature | None, plan: Plan) -> Encoding:
+    """Scales by the first codebook, a trial of each; a column goes on with the one that suits it best."""
+    count = plan.num_codebooks if curvature is None else plan.settled_codebooks
+    books = [ccq.codebook(*pair).to(rows.device) for pair in CODEBOOKS[:count]]
+    fitter = Fitter(rows, metric)
+    begin = fitter.fit(books[0], fitter.start(books[0]), 1).scales
+    choice, scales = _try_all(fitter, books, begin, plan)
+    found = _empty(rows.shape, rows.device)
+    for number in choice.unique().tolist():
+        columns = (choice == number).nonzero().squeeze(1)
+        fit = fitter.columns(columns).fit(books[number], scales.columns(columns), plan.rounds)
+        if curvature is not None:
+            settler = Settler(rows[:, columns], curvature, books[number], fit.scales, fit.codes)
+            fit = _settle(settler, plan)
+        _fill(found, columns, fit, CODEBOOKS[number])
+    return found
 
 
-def _encode_settled(slots: Tensor, hessian: Tensor, plan: Plan) -> Encoding:
-    pair = CODEBOOKS[0]
-    book = ccq.codebook(*pair).to(slots.device)
-    codes, scales, _ = Fitter(slots, book, descent_couplings(hessian).metric).fit(plan.rounds)
-    settler = Settler(slots, hessian, book, scales, codes)
+def _try_all(fitter: Fitter, books: list[Tensor], begin: Scales, plan: Plan) -> tuple[Tensor, Scales]:
+    """For each column the number of its best codebook, int64 [N], and the scales that go with it."""
+    number, scales, least = torch.zeros_like(begin.step), begin, torch.full_like(begin.step, torch.inf)
+    for index, book in enumerate(books):
+        trial = fitter.fit(book, begin, plan.trial_rounds)
+        wins = trial.error < least
+        number, least = torch.where(wins, index, number), torch.where(wins, trial.error, least)
+        scales = Scales(
+            torch.where(wins, trial.scales.local, scales.local),
+            torch.where(wins, trial.scales.step, scales.step),
+        )
+    return number.long(), scales
+
+
+def _settle(settler: Settler, plan: Plan) -> Fit:
     settler.feed_back()
     for _ in range(plan.descents):
         settler.descend()
-    return _as_encoding(settler.codes, settler.scales, pair)
+    return Fit(settler.codes, settler.scales, settler.loss())
 
 
-def _as_encoding(codes: Tensor, scales: Scales, pair: tuple[float, float]) -> Encoding:
-    code_scale, code_zp = (torch.full_like(scales.step, value) for value in pair)
+def _empty(shape: torch.Size, device: torch.device) -> Encoding:
+    rows, columns = shape
     return Encoding(
-        codes.to(torch.uint8),
-        scales.local.to(torch.uint8),
-        scales.step.to(torch.bfloat16),
-        code_scale,
-        code_zp,
+        torch.empty(rows // 4, columns, dtype=torch.uint8, device=device),
+        torch.empty(rows // GROUP_SIZE, columns, dtype=torch.uint8, device=device),
+        torch.empty(columns, dtype=torch.bfloat16, device=device),
+        torch.empty(columns, device=device),
+        torch.empty(columns, device=device),
     )
 
 
-def _merge(wins: Tensor, found: Encoding, best: Encoding) -> Encoding:
-    return Encoding(
-        *(
-            torch.where(wins, new, old)
-            for new, old in zip(vars(found).values(), vars(best).values(), strict=True)
-        )
-    )
+def _fill(found: Encoding, columns: Tensor, fit: Fit, pair: tuple[float, float]) -> None:
+    found.codes[:, columns] = fit.codes.to(torch.uint8)
+    found.local_scales[:, columns] = fit.scales.local.to(torch.uint8)
+    found.super_scales[columns] = fit.scales.step.to(torch.bfloat16)
+    found.code_scale[columns], found.code_zp[columns] = pair

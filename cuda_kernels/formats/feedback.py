@@ -42,19 +42,32 @@ def descent_couplings(hessian: Tensor) -> Couplings:
     return Couplings(matrix, Metric(torch.linalg.cholesky(diagonal).mT.contiguous()))
 
 
+@dataclass(frozen=True, eq=False)
+class Curvature:
+    """A Hessian [K, K], positive definite, and what the two kinds of passes take from it."""
+
+    hessian: Tensor
+    feedback: Couplings
+    descent: Couplings
+
+    @classmethod
+    def of(cls, hessian: Tensor) -> "Curvature":
+        return cls(hessian, feedback_couplings(hessian), descent_couplings(hessian))
+
+
 @dataclass(eq=False)
 class Settler:
     """Codes and scales of rows [K, N] under a Hessian, improved pass by pass; owns all it holds."""
 
     rows: Tensor  # f32 [K, N], the weights
-    hessian: Tensor  # f32 [K, K], positive definite
+    curvature: Curvature
     book: Tensor  # f32 [256, 4]
     scales: Scales
     codes: Tensor  # int32 [K/4, N]
 
     def feed_back(self) -> None:
         """One pass from the first group to the last, errors pushed forward."""
-        couplings = feedback_couplings(self.hessian)
+        couplings = self.curvature.feedback
         errors = torch.zeros_like(self.rows)
         for start in range(0, self.rows.shape[0], GROUP_SIZE):
             group = slice(start, start + GROUP_SIZE)
@@ -64,12 +77,14 @@ class Settler:
 
     def descend(self) -> None:
         """One pass of coordinate descent over the groups."""
-        couplings = descent_couplings(self.hessian)
+        couplings = self.curvature.descent
         errors = self.rows - self.decode()
         for start in range(0, self.rows.shape[0], GROUP_SIZE):
             group = slice(start, start + GROUP_SIZE)
             targets = self.rows[group] + couplings.matrix[group] @ errors
-            pull = self.hessian[group] @ errors - self.hessian[group, group] @ errors[group]
+            pull = (
+                self.curvature.hessian[group] @ errors - self.curvature.hessian[group, group] @ errors[group]
+            )
             errors[group] = self._choose_group(couplings, group, targets, pull)
         self._refit()
 
@@ -80,7 +95,7 @@ class Settler:
     def loss(self) -> Tensor:
         """eᵀ H e of each column, f32 [N]."""
         error = self.rows - self.decode()
-        return (error * (self.hessian @ error)).sum(dim=0)
+        return (error * (self.curvature.hessian @ error)).sum(dim=0)
 
     def _choose_group(
         self, couplings: Couplings, group: slice, targets: Tensor, pull: Tensor | None
@@ -115,12 +130,12 @@ class Settler:
     def _paid(self, error: Tensor, factors: Tensor, group: slice, pull: Tensor | None) -> Tensor:
         if pull is None:
             return Metric(factors).map_rows(error).square().sum(dim=(0, 1))
-        return (error * (self.hessian[group, group] @ error + 2 * pull)).sum(dim=0)
+        return (error * (self.curvature.hessian[group, group] @ error + 2 * pull)).sum(dim=0)
 
     def _refit(self) -> None:
         """Least squares under H for the step of each column, its codes and local scales fixed."""
         levels = _decode(self.book, self.codes, self.scales.local)
-        weighted = self.hessian @ levels
+        weighted = self.curvature.hessian @ levels
         size = (weighted * levels).sum(dim=0)
         step = (weighted * self.rows).sum(dim=0) / size.clamp(min=1e-30)
         step = torch.where((size > 0) & (step > 0), step, self.scales.step)

@@ -51,6 +51,10 @@ class Scales:
         """f32 [G, N], the product rounded to bf16 as the decoder of record rounds it."""
         return (self.local.to(torch.bfloat16) * self.step.to(torch.bfloat16)).float()
 
+    def columns(self, index: Tensor) -> "Scales":
+        """The same for some of the columns."""
+        return Scales(self.local[:, index], self.step[index])
+
 
 @dataclass(frozen=True, eq=False)
 class _Match:
@@ -63,36 +67,42 @@ class _Match:
 
 
 class Fitter:
-    """Fits codes and scales of f32 rows [K, N] to one codebook [256, 4] under a metric."""
+    """Fits codes and scales of f32 rows [K, N] under a metric, to one codebook [256, 4] or another."""
 
-    def __init__(self, rows: Tensor, book: Tensor, metric: Metric) -> None:
+    def __init__(self, rows: Tensor, metric: Metric) -> None:
+        self._rows = rows
+        self._metric = metric
         self._mapped = metric.map_rows(rows)
-        self._books = metric.map_book(book)
-        self._norms = self._books.square().sum(dim=-1)
         self._energy = _per_group(self._mapped.square().sum(dim=1))
-        self._group_weight = metric.group_weight()
 
-    def fit(self, rounds: int) -> tuple[Tensor, Scales, Tensor]:
-        """Codes int32 [K/4, N], scales, and the squared error of each column, f32 [N]."""
-        scales = self._start()
-        for _ in range(rounds):
-            scales, match = self._choose_local(scales)
-            scales = Scales(scales.local, refit_step(scales, match.dot, match.norm))
-        scales, match = self._choose_local(scales)
-        return match.index, scales, (match.gain + self._energy).sum(dim=0)
+    def columns(self, index: Tensor) -> "Fitter":
+        """The same for some of the columns."""
+        return Fitter(self._rows[:, index], self._metric)
 
-    def _start(self) -> Scales:
-        base = _RMS_TO_SCALE * (self._energy / self._group_weight.clamp(min=1e-30)).sqrt()
-        best = self._match(base)
+    def start(self, book: Tensor) -> Scales:
+        """Scales to begin with: for every group the best of a few, rounded to multiples of a step."""
+        weight = self._metric.group_weight()
+        base = _RMS_TO_SCALE * (self._energy / weight.clamp(min=1e-30)).sqrt()
+        books = Books(book, self._metric)
+        best = self._match(books, base)
         for factor in _STARTS:
-            best = _better(self._match(base * factor), best)
+            best = _better(self._match(books, base * factor), best)
         return snap(best.dot / best.norm.clamp(min=1e-30), best.norm)
 
-    def _choose_local(self, scales: Scales) -> tuple[Scales, _Match]:
+    def fit(self, book: Tensor, scales: Scales, rounds: int) -> "Fit":
+        """Alternate codes and scales, beginning and ending with codes."""
+        books = Books(book, self._metric)
+        for _ in range(rounds):
+            scales, match = self._choose_local(books, scales)
+            scales = Scales(scales.local, refit_step(scales, match.dot, match.norm))
+        scales, match = self._choose_local(books, scales)
+        return Fit(match.index, scales, (match.gain + self._energy).sum(dim=0))
+
+    def _choose_local(self, books: "Books", scales: Scales) -> tuple[Scales, _Match]:
         matches: list[_Match] = []
 
         def cost(candidate: Scales) -> Tensor:
-            matches.append(self._match(candidate.values))
+            matches.append(self._match(books, candidate.values))
             return matches[-1].gain
 
         chosen = choose_local(scales, cost)
@@ -101,12 +111,29 @@ class Fitter:
             best = _better(match, best)
         return chosen, best
 
-    def _match(self, scale: Tensor) -> _Match:
+    def _match(self, books: "Books", scale: Tensor) -> _Match:
         inverse = torch.where(scale == 0, 0.0, 1 / scale)
-        found = search.nearest(self._mapped * _spread(inverse).unsqueeze(1), self._books)
-        norms = self._norms.expand(found.found.shape[0], -1).gather(1, found.found.long())
+        found = search.nearest(self._mapped * _spread(inverse).unsqueeze(1), books.mapped)
+        norms = books.norms.expand(found.found.shape[0], -1).gather(1, found.found.long())
         norm, score = _per_group(norms), _per_group(found.score)
         return _Match(found.found, 2 * scale.square() * score, scale * (norm / 2 - score), norm)
+
+
+@dataclass(frozen=True, eq=False)
+class Fit:
+    """What a fit has found, and what it costs."""
+
+    codes: Tensor  # int32 [K/4, N]
+    scales: Scales
+    error: Tensor  # f32 [N], squared
+
+
+class Books:
+    """A codebook as each block of four rows sees it under a metric."""
+
+    def __init__(self, book: Tensor, metric: Metric) -> None:
+        self.mapped = metric.map_book(book)  # f32 [K/4, 256, 4]
+        self.norms = self.mapped.square().sum(dim=-1)
 
 
 def choose_local(scales: Scales, cost: Callable[[Scales], Tensor]) -> Scales:

@@ -17,6 +17,8 @@ from cuda_kernels.rope import cos_sin_table, rope
 from cuda_kernels.routing import route
 from gpu_worker.config import ModelConfig
 
+_LEAST_WEIGHT = 1e-3
+
 
 @dataclass(frozen=True, eq=False)
 class Routing:
@@ -30,24 +32,28 @@ class Routing:
         """Every expert sees every row."""
         return bool((self.weights_RE > 0).all())
 
-    def rows(self, expert: int, at_least: int) -> tuple[Tensor, Tensor, int]:
-        """Row numbers, their weights, and how many of them were really routed there.
+    def rows(self, expert: int, at_least: int) -> tuple[Tensor, Tensor]:
+        """Numbers and weights of the rows to calibrate an expert on.
 
-        An expert seen by fewer than `at_least` rows is lent the rows its router likes best.
+        An expert seen by fewer than `at_least` rows is lent those its router likes best, at the weight of
+        that liking.
         """
         weights = self.weights_RE[:, expert]
         chosen = weights.nonzero().squeeze(1)
-        if len(chosen) >= min(at_least, len(weights)):
-            return chosen, weights[chosen], len(chosen)
+        wanted = min(at_least, len(weights))
+        if len(chosen) >= wanted:
+            return chosen, weights[chosen]
         liked = self.probabilities_RE[:, expert].clone()
         liked[chosen] += 1
-        rows = liked.topk(min(at_least, len(weights))).indices
-        return rows, weights[rows].clamp(min=1e-3), len(chosen)
+        rows = liked.topk(wanted).indices
+        lent = self.probabilities_RE[rows, expert].clamp(min=_LEAST_WEIGHT)
+        return rows, torch.where(weights[rows] > 0, weights[rows], lent)
 
 
-def attention_input(hidden_STD: Tensor, norm_D: Tensor, config: ModelConfig) -> Tensor:
-    """The normalized input of a block, float32 [S, T, D]."""
-    return rms_norm(hidden_STD, norm_D.float(), config.rms_norm_eps)
+def normed(hidden: Tensor, norm_D: Tensor, config: ModelConfig) -> Tensor:
+    """The normalized input of a block, float32."""
+    rows_RD = hidden.flatten(0, -2).contiguous()
+    return rms_norm(rows_RD, norm_D.float(), config.rms_norm_eps).view(hidden.shape)
 
 
 def attention(x_STD: Tensor, qkv: Tensor, config: ModelConfig) -> Tensor:

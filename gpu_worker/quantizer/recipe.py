@@ -7,29 +7,30 @@ from cuda_kernels.formats.encoder import Effort
 from gpu_worker.config import ModelConfig
 
 DenseFormat = Literal["wint8", "none"]
-ExpertFormat = Literal["wint4", "wint2"]
+LowFormat = Literal["wint2", "wint2t"]
+ExpertFormat = Literal["wint4", "wint2", "wint2t"]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Attention, dense MLPs and shared experts in WINT8; routed experts in WINT4 up to a layer and WINT2
-    above it."""
+    """Attention, dense MLPs and shared experts in WINT8; experts in WINT4 up to a layer, then two bits."""
 
     wint4_end_layer: int = -1  # the last layer with WINT4 experts; -1 for none
     dense: DenseFormat = "wint8"
+    low: LowFormat = "wint2"
     effort: Effort = "normal"
     correct_experts: bool = True  # fit experts to the original's stream, not to their own old weights
     correct_dense: bool = True  # the same for attention output, dense and shared down projections
     min_rows: int = 256  # calibration rows an expert gets at least, lent by its router if need be
 
     def expert_format(self, layer: int) -> ExpertFormat:
-        return "wint4" if layer <= self.wint4_end_layer else "wint2"
+        return "wint4" if layer <= self.wint4_end_layer else self.low
 
     def quantization_config(self, config: ModelConfig) -> dict[str, Any]:
         """The `quantization_config` that FastDeploy's ERNIE-4.5 2-bit checkpoints carry."""
         last = config.num_hidden_layers - 1
         return {
-            "quantization": "wint2",
+            "quantization": self.low,
             "dense_quant_type": self.dense,
             "moe_quant_type": "w4w2",
             "moe_quant_config": {
@@ -40,7 +41,7 @@ class Recipe:
                     "quant_end_layer": self.wint4_end_layer,
                 },
                 "moe_w2_quant_config": {
-                    "quant_type": "wint2",
+                    "quant_type": self.low,
                     "quant_granularity": "pp_acc",
                     "quant_group_size": 64,
                     "quant_start_layer": self.wint4_end_layer + 1,

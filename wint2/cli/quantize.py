@@ -1,0 +1,141 @@
+"""`wint2 quantize`: a full-precision ERNIE-4.5-MoE checkpoint to a 2-bit one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+
+from gpu_worker.config import ModelConfig
+from gpu_worker.model.config_reader import read_model_config
+from gpu_worker.model.errors import CheckpointError, ConfigError
+from gpu_worker.quantizer import calibration, memory
+from gpu_worker.quantizer.errors import QuantizeError
+from gpu_worker.quantizer.pipeline import REPORT_NAME, quantize_checkpoint
+from gpu_worker.quantizer.recipe import DenseFormat, LowFormat, Recipe
+from gpu_worker.quantizer.report import NAME as PAGE_NAME
+from gpu_worker.quantizer.report import starved_experts
+from gpu_worker.quantizer.source import Source
+from tokenizer_svc.errors import TokenizerLoadError
+from tokenizer_svc.tokenizer import load_tokenizer
+from wint2.cli.run_typer import run_typer
+from wint2.errors import EXIT_FAILED, CommandError
+from wint2.progress import progress_bars
+
+Effort = Literal["fast", "normal", "best"]
+Device = Literal["auto", "cpu", "cuda"]
+SEED_WINT4_LAYERS = 4  # MoE layers that ERNIE-4.5-300B-A47B-2Bits keeps in WINT4
+
+
+def quantize(
+    source: Annotated[Path, typer.Argument(help="checkpoint directory: Hugging Face's or Paddle's layout")],
+    output: Annotated[Path, typer.Argument(help="directory to make; an unfinished run is resumed")],
+    format: Annotated[LowFormat, typer.Option(help="of the routed experts; wint2t is the trellis")] = "wint2",
+    wint4_end_layer: Annotated[
+        int | None,
+        typer.Option(help="last layer with WINT4 experts, -1 for none [default: the first four MoE layers]"),
+    ] = None,
+    dense: Annotated[DenseFormat, typer.Option(help="attention, dense and shared MLPs")] = "wint8",
+    effort: Annotated[Effort, typer.Option(help="time against error; see docs/formats.md")] = "normal",
+    device: Annotated[Device, typer.Option(help="auto: the GPU when there is one")] = "auto",
+    calibration_file: Annotated[
+        Path | None, typer.Option("--calibration", help="UTF-8 text [default: the text that ships]")
+    ] = None,
+    num_windows: Annotated[int, typer.Option(min=1, help="calibration windows")] = 64,
+    window: Annotated[int, typer.Option(min=2, help="tokens a window")] = 512,
+    held_out_windows: Annotated[
+        int, typer.Option(min=0, help="windows kept for comparing the result with the original; 0: skip that")
+    ] = 4,
+    min_rows: Annotated[int, typer.Option(min=1, help="calibration tokens an expert gets at least")] = 256,
+    correct: Annotated[
+        bool, typer.Option(help="fit weights to the original's outputs before rounding")
+    ] = True,
+) -> None:
+    """Quantize a checkpoint layer by layer, one expert in memory at a time; run again to resume."""
+    try:
+        config = read_model_config(source)
+        end_layer = first_moe_layers(config) if wint4_end_layer is None else wint4_end_layer
+        recipe = Recipe(end_layer, dense, format, effort, correct, correct, min_rows)
+        text = _read_text(calibration_file)
+        ids_ST = calibration.windows(_token_ids(source, text), num_windows + held_out_windows, window)
+        model = Source(config, find_device(device))
+        fitted_ST, held_out_ST = _split(ids_ST, held_out_windows)
+        _announce(config, recipe, fitted_ST, model)
+        with progress_bars() as show:
+            report = quantize_checkpoint(model, output, fitted_ST, recipe, held_out_ST, show)
+    except (ConfigError, CheckpointError, QuantizeError, TokenizerLoadError) as error:
+        raise CommandError(str(error)) from error
+    except OSError as error:
+        raise CommandError(f"{error.filename or output}: {error.strerror or error}", EXIT_FAILED) from error
+    _conclude(output, report)
+
+
+def first_moe_layers(config: ModelConfig) -> int:
+    """The last of the MoE layers that the seed's recipe keeps in WINT4; fewer in a model of few layers."""
+    moe = [layer for layer in range(config.num_hidden_layers) if config.is_moe_layer(layer)]
+    count = min(SEED_WINT4_LAYERS, len(moe) // 4)
+    return moe[count - 1] if count else -1
+
+
+def find_device(name: Device) -> torch.device:
+    """The device asked for. Raises CommandError when there is none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise CommandError("--device cuda: no CUDA device is available")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _read_text(path: Path | None) -> str:
+    try:
+        return calibration.default_text() if path is None else path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CommandError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def _token_ids(source: Path, text: str) -> list[int]:
+    return load_tokenizer(source).encode(text, add_special_tokens=False)
+
+
+def _split(ids_ST: torch.Tensor, held_out: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Windows to fit and windows to compare on; a short text keeps at least one to fit."""
+    held_out = min(held_out, len(ids_ST) - 1)
+    fitted_ST, held_out_ST = ids_ST[held_out:], ids_ST[:held_out]
+    return fitted_ST, held_out_ST if held_out else None
+
+
+def _announce(config: ModelConfig, recipe: Recipe, fitted_ST: torch.Tensor, model: Source) -> None:
+    bound = memory.bound_bytes(config, recipe, fitted_ST.numel())
+    output = size(memory.output_bytes(config, recipe))
+    print(f"model        {size(model.num_bytes)}, {config.num_hidden_layers} layers, on {model.device}")
+    print(f"output       about {output}: experts WINT4 to layer {recipe.wint4_end_layer}, ", end="")
+    print(f"then {recipe.low.upper()}; attention and dense {recipe.dense}; effort {recipe.effort}")
+    print(f"calibration  {' x '.join(map(str, fitted_ST.shape))} tokens")
+    print(
+        f"memory       at most {size(bound)} more than the {size(memory.peak_bytes())} of the program",
+        flush=True,
+    )
+
+
+def _conclude(output: Path, report: dict[str, Any]) -> None:
+    for note in starved_experts(report):
+        print(f"warning: {note}", file=sys.stderr)
+    found = report.get("evaluation")
+    if found:
+        print(
+            f"perplexity   {found['perplexity']:.3f}, the original's {found['reference_perplexity']:.3f}; ",
+            end="",
+        )
+        print(f"KL {found['kl']:.4f} nats, top-1 agreement {found['top1_agreement']:.1%}")
+    print(f"memory       peak {size(report['peak_memory_bytes'])}")
+    print(f"written      {output} ({size(report['num_bytes'])}), {REPORT_NAME}, {PAGE_NAME}")
+
+
+def size(num_bytes: float) -> str:
+    """Bytes for people."""
+    return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**30 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def main(arguments: list[str]) -> None:
+    run_typer(quantize, arguments)
