@@ -63,7 +63,7 @@ def stream_experts(
 
 
 def _is_whole(stored: StoredLinear) -> bool:
-    return len(stored.ranks) == 1 and stored.num_inputs % _INPUT_MULTIPLE == 0
+    return stored.is_one_weight and stored.num_inputs % _INPUT_MULTIPLE == 0
 
 
 def _pack_wint2(experts: Sequence[StoredLinear], k_order: KOrder, is_gated: bool) -> PackedWint2:

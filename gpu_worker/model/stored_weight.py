@@ -86,6 +86,11 @@ class StoredLinear:
     def stored_bytes(self) -> int:
         return sum(tensor.nbytes for rank in self.ranks for tensor in rank.values())
 
+    @property
+    def is_one_weight(self) -> bool:
+        """Whether `read` gives all of it, with one set of scales."""
+        return len(self.ranks) == 1
+
     def read(self, rank: int = 0) -> dict[str, torch.Tensor]:
         """One rank's tensors as stored, by suffix."""
         return {suffix: tensor.read() for suffix, tensor in self.ranks[rank].items()}
