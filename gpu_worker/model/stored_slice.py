@@ -5,8 +5,8 @@
     ranks that cut outputs     columns of the ranks together   rows
     ranks that cut inputs      columns                         rows of one rank, whose scales are its own
 
-Rows are cut between 64-groups. WINT2 packs two groups' local scales in a byte: an odd number of groups gets one
-more, whose local scales are zero. A part that spans ranks with scales of their own exists only decoded.
+Rows are cut between 64-groups. WINT2 packs two groups' local scales in a byte: an odd number of groups gets
+one more, whose local scales are zero. A part that spans ranks with scales of their own exists only decoded.
 """
 
 from __future__ import annotations
@@ -78,8 +78,7 @@ class StoredSlice(StoredLinear):
         return stored(self.format, joined)
 
     def _columns(self, is_joined: bool) -> torch.Tensor:
-        """Where the outputs are: section after section, or in the files' order, where every rank has a part of
-        every section."""
+        """Where the outputs are: section after section, or rank after rank, each with a part of every section."""
         num_files = len(self.source.ranks) if is_joined else 1
         begin, columns = 0, []
         for section, part in zip(self.source.sections, self.outputs, strict=True):
