@@ -9,7 +9,9 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import fields
+from importlib import import_module
 from threading import Thread
+from types import ModuleType
 from typing import Any
 
 from prometheus_client import CollectorRegistry
@@ -50,7 +52,9 @@ async def serve(settings: WorkerSettings, shutdown: Shutdown) -> None:
     """Listens first, so that health and a port in use show before the model loads; serves once it has."""
     configure_tracing("worker", settings.tracing_endpoint)
     registry = CollectorRegistry()
-    server = GrpcServer(settings.listen, [SERVICE], security=settings.read_security())
+    vllm = load_vllm(settings)
+    services = [SERVICE, vllm.DESCRIPTOR] if vllm else [SERVICE]
+    server = GrpcServer(settings.listen, services, security=settings.read_security())
     async with server.listening() as address:
         if settings.metrics_port is not None:
             start_metrics_server(settings.metrics_port, registry)
@@ -70,9 +74,21 @@ async def run(
     async with running(built) as loop:
         worker = Worker(settings, built, loop, shutdown, registry)
         server.add(Service(SERVICE, worker_pb2_grpc.add_WorkerServiceServicer_to_server, worker.servicer))
+        if vllm := load_vllm(settings):
+            server.add(vllm.vllm_service(worker.servicer))
         registrars = worker.registrars(settings.advertise or address)
         async with background(shutdown, worker.health.run(server), *registrars):
             await server.serve(shutdown, drain_timeout_seconds=settings.drain_timeout)
+
+
+def load_vllm(settings: WorkerSettings) -> ModuleType | None:
+    """The service that speaks as vLLM does, if it is asked for: its messages are an optional package."""
+    if not settings.vllm_grpc:
+        return None
+    try:
+        return import_module("gpu_worker.vllm_servicer")
+    except ImportError as error:
+        raise StartupError('--vllm-grpc needs its messages: pip install "wint2[vllm-grpc]"') from error
 
 
 def build(settings: WorkerSettings) -> BuiltEngine:

@@ -36,7 +36,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
 
     async def Generate(
         self, request: worker_pb2.GenerateRequest, context: Context
-    ) -> AsyncIterator[worker_pb2.GenerateResponse]:
+    ) -> AsyncGenerator[worker_pb2.GenerateResponse]:
         taken = messages.read_request(request, context.time_remaining())
         try:
             # Closing the outputs aborts the sequence: so a cancelled or expired call frees its blocks.

@@ -71,6 +71,10 @@ class WorkerSettings(ServiceSettings):
     metrics_port: int | None = Field(
         None, ge=0, le=65535, description="HTTP port of GET /metrics; default: none"
     )
+    vllm_grpc: bool = Field(
+        False,
+        description="serve vllm.grpc.engine.VllmEngine too, for gateways made for vLLM (PyPI smg)",
+    )
     metrics_compat: Literal["none", "vllm"] = Field(
         "none", description='"vllm" publishes every metric under the vllm: prefix too'
     )
