@@ -18,7 +18,7 @@ from gateway import responses, translate
 from gateway.access import Access
 from gateway.chat_schemas import ChatCompletionRequest
 from gateway.chat_view import ChatView, chat_syntax
-from gateway.http_errors import from_service_error
+from gateway.http_errors import from_service_error, named_as_asked
 from gateway.metrics import GatewayMetrics
 from gateway.pipeline import Pipeline
 from gateway.readiness import Readiness
@@ -26,6 +26,7 @@ from gateway.requests import EncodedPrompt, Event, Finished, TextPiece, TextRequ
 from gateway.schemas import CommonRequest, CompletionRequest
 from gateway.settings import GatewaySettings
 from gateway.sse import DONE, EventStream, sse, until_disconnect
+from gateway.structured import wire_fields
 from gateway.text_view import TextView
 from gateway.views import Folded, View
 from protos.rpc.errors import NotFoundError, ServiceError, UnavailableError
@@ -105,10 +106,11 @@ class OpenAiApi:
     async def _answer(self, view: View, access: Access) -> Response:
         access.num_prompt_tokens = sum(len(prompt.token_ids) for prompt in view.prompts)
         events = observed(self._pipeline.run(view.request, view.prompts), view, access)
-        if not view.body.stream:
-            return JSONResponse(await fold(view, events))
-        # Until the first event there is no status line: errors before it are real HTTP errors.
-        first = await anext(events)
+        with named_as_asked(wire_fields(view.body)):
+            if not view.body.stream:
+                return JSONResponse(await fold(view, events))
+            # Until the first event there is no status line: errors before it are real HTTP errors.
+            first = await anext(events)
         return EventStream(stream(view, first, events), self._settings.write_timeout)
 
     async def _texts(self, prompts: Sequence[EncodedPrompt]) -> list[str]:

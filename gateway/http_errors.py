@@ -10,9 +10,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +85,19 @@ def from_service_error(error: ServiceError, *, prompt_field: str = "prompt") -> 
     if status == 401:
         headers["www-authenticate"] = "Bearer"
     return HttpError(status, error.message, code, _param(error.field, prompt_field), headers)
+
+
+@contextlib.contextmanager
+def named_as_asked(names: Mapping[str, str]) -> Iterator[None]:
+    """Errors about a field of the wire name the request's own field instead."""
+    try:
+        yield
+    except ServiceError as error:
+        wire_name = (error.field or "").removeprefix("sampling_params.")
+        if wire_name in names:
+            error.message = error.message.replace(error.field or wire_name, names[wire_name])
+            error.field = names[wire_name]
+        raise
 
 
 def from_validation(errors: Sequence[Mapping[str, Any]]) -> HttpError:

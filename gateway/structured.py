@@ -22,6 +22,14 @@ def structured_output(body: CommonRequest) -> StructuredOutput | None:
     return from_fields(body)
 
 
+def wire_fields(body: CommonRequest) -> dict[str, str]:
+    """What the request calls the fields that have other names on the wire, for errors about them."""
+    name = body.structured_field
+    if isinstance(body, ChatCompletionRequest):
+        name = "tools" if body.forced_tools else name or "response_format"
+    return {"structured_output": name or "structured_outputs", "bad_words_token_ids": "bad_words"}
+
+
 def from_response_format(form: object) -> StructuredOutput | None:
     if isinstance(form, JsonObjectFormat):
         return StructuredOutput(json_object=AnyJsonObject())

@@ -19,10 +19,15 @@ SPECIAL_TOKENS = ["<unk>", "<s>", "</s>", "<|begin_of_sentence|>", "<|end_of_sen
 MERGES = "Ġ t|h e|i n|r e|o n|Ġt he|Ġ a|e r|a t|o u|e n|o r|Ġ s|Ġ w|i t|e s|a n|Ġ b|Ġ c|o f|i s|a l|in g"
 CHAT_TEMPLATE = (
     "{{- '<|begin_of_sentence|>' -}}"
+    "{%- for tool in tools or [] -%}{{ 'Function: ' + (tool.function | tojson) + '\\n' }}{%- endfor -%}"
     "{%- for message in messages -%}"
     "{%- if message.role == 'system' -%}{{ message.content + '\\n' }}"
     "{%- elif message.role == 'user' -%}{{ 'User: ' + message.content + '\\n' }}"
-    "{%- else -%}{{ 'Assistant: ' + message.content + '<|end_of_sentence|>' }}{%- endif -%}"
+    "{%- elif message.role == 'tool' -%}{{ 'Result: ' + message.content + '\\n' }}"
+    "{%- else -%}{{ 'Assistant: ' + message.content }}"
+    "{%- for call in message.tool_calls or [] -%}"
+    "{{ '<tool_call>' + (call.function | tojson) + '</tool_call>' }}{%- endfor -%}"
+    "{{ '<|end_of_sentence|>' }}{%- endif -%}"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{ 'Assistant: ' }}{%- endif -%}"
 )
@@ -259,11 +264,14 @@ def dequantized(config: dict, weights: dict[str, torch.Tensor]) -> dict[str, tor
 
 
 def _decode(parts: dict[str, torch.Tensor], num_rows: int) -> torch.Tensor:
+    """Level times scales as they are, without the rounding of the products to bfloat16."""
     if "code_scale" in parts:
-        return wint2.dequantize(**parts)[:num_rows]
+        levels, local = wint2.unpack(wint2.Wint2Weight(**parts))
+        local_KN = local.float().repeat_interleave(64, dim=0)
+        return (levels * local_KN * parts["super_scales"].float())[:num_rows]
     levels, scale = parts["quant_weight"], parts["weight_scale"]
     module = wint8 if levels.shape[0] == scale.shape[0] else wint4
-    return module.dequantize(module.unpack(levels), scale)[:num_rows]
+    return (module.unpack(levels) * scale.float())[:num_rows]
 
 
 def _split(name: str, fused: torch.Tensor, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
