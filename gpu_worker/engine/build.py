@@ -16,10 +16,12 @@ from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.errors import EngineArgsError
 from gpu_worker.engine.grammars import Grammars
 from gpu_worker.engine.memory import GIB, cpu_cache_bytes, cuda_cache_bytes, kv_block_bytes, plan_cache
+from gpu_worker.engine.preflight import check_weights_fit
 from gpu_worker.engine.profiling import measure_activation_bytes
 from gpu_worker.layers.kv_cache import KVCache
 from gpu_worker.model.config_reader import read_model_config
 from gpu_worker.model.decoder import Decoder
+from gpu_worker.model.expert_counts import with_expert_counts
 from gpu_worker.model.k_order import KOrderChoice
 from gpu_worker.model.loader import LoadFormat, load_model
 
@@ -46,6 +48,7 @@ class EngineArgs:
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     use_cudagraph: bool = True
+    count_expert_tokens: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -95,6 +98,7 @@ def build_engine(
     choice = choose_device(args.device)
     dtype = choose_dtype(args.dtype, choice.device)
     model_config = read_model_config(args.model)
+    check_weights_fit(model_config, choice, args.gpu_memory_utilization)
     model = load_model(
         model_config,
         device=choice.device,
@@ -103,6 +107,8 @@ def build_engine(
         load_format=args.load_format,
         k_order=args.k_order,
     )
+    if args.count_expert_tokens:
+        model = with_expert_counts(model)
     config = _plan(args, model_config, choice.device, dtype, model)
     cache = config.cache
     kv_cache = KVCache(
@@ -195,7 +201,8 @@ def _describe(
         f"{shape.num_experts_per_token} a token, vocabulary {shape.vocab_size}"
     )
     yield f"quantization: {describe_quantization(shape.quantization, shape.num_hidden_layers)}"
-    yield f"weights: {_mib(stored)} stored, {_mib(held)} held"
+    kinds = ", ".join(f"{kind} {_mib(size)}" for kind, size in model.memory.device_bytes.items())
+    yield f"weights: {_mib(stored)} stored, {_mib(held)} held: {kinds}"
     yield (
         f"KV cache: {cache.num_blocks} blocks of {cache.block_size} tokens, "
         f"{cache.num_blocks * cache.block_size} in all, {_mib(kv_cache.size_bytes)}"

@@ -78,7 +78,7 @@ class StoredSlice(StoredLinear):
         return stored(self.format, joined)
 
     def _columns(self, is_joined: bool) -> torch.Tensor:
-        """Where the outputs are: section after section, or rank after rank, each with a part of every section."""
+        """Where the outputs are, in a whole weight or in one whose ranks were put side by side."""
         num_files = len(self.source.ranks) if is_joined else 1
         begin, columns = 0, []
         for section, part in zip(self.source.sections, self.outputs, strict=True):

@@ -26,6 +26,9 @@ SERVICES = {
     "tokenizer_svc": ("sentencepiece", "tokenizers", "jinja2"),
     "gpu_worker": ("torch", "numpy", "safetensors"),
 }
+ConfigOption = Annotated[
+    Path | None, typer.Option(help="directory with a config.json: what such a model takes, and where it fits")
+]
 ModelOption = Annotated[Path | None, typer.Option(help="checkpoint to look at as well")]
 
 
@@ -38,8 +41,12 @@ class Finding:
     text: str
 
 
-def doctor(model: ModelOption = None) -> None:
+def doctor(model: ModelOption = None, config: ConfigOption = None) -> None:
     """Look at this machine, and at a checkpoint, and say what would go wrong (exit code 1)."""
+    if config is not None:
+        # Imported when asked for: it needs torch, of which doctor may have to say that it is missing.
+        importlib.import_module("wint2.cli.sizes").show(config)
+        return
     findings = [*_machine(), *_packages(), *_gpu(), *(_model(model) if model is not None else ())]
     for finding in findings:
         print(f"{finding.state:<5} {finding.subject:<14} {finding.text}")

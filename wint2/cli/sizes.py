@@ -1,0 +1,24 @@
+"""`wint2 doctor --config DIR`: what a model takes, and on which GPUs it fits, from its config.json alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gpu_worker.engine.build import describe_quantization
+from gpu_worker.engine.preflight import fits, footprint
+from gpu_worker.model.config_reader import read_model_config
+from gpu_worker.model.errors import ConfigError
+from wint2.errors import CommandError
+
+
+def show(folder: Path) -> None:
+    """Prints the tables. CommandError says what is wrong with the config."""
+    try:
+        config = read_model_config(folder)
+    except ConfigError as error:
+        raise CommandError(f"--config: {error}") from error
+    quantization = describe_quantization(config.quantization, config.num_hidden_layers)
+    print(f"{config.model_type}, {config.num_hidden_layers} layers, {config.num_experts} experts")
+    print(f"quantization: {quantization}")
+    found = footprint(config)
+    print(*found.lines(), *fits(found), sep="\n")
