@@ -21,8 +21,9 @@ from gpu_worker.engine.build import BuiltEngine, EngineArgs, build_engine
 from gpu_worker.engine.errors import EngineArgsError
 from gpu_worker.engine.loop import EngineLoop
 from gpu_worker.health import WorkerHealth
-from gpu_worker.metrics import PREFIX, VLLM_PREFIX, EngineCollector, RequestMetrics
+from gpu_worker.metrics import PREFIX, VLLM_PREFIX, EngineCollector, EngineFacts, RequestMetrics
 from gpu_worker.model.errors import CheckpointError, ConfigError
+from gpu_worker.model.expert_counts import read_expert_tokens
 from gpu_worker.registration import Registrar
 from gpu_worker.servicer import WorkerServicer
 from gpu_worker.settings import WorkerSettings
@@ -139,7 +140,12 @@ class Worker:
         self._server = facts.server_info(built.config)
         prefixes = (PREFIX, VLLM_PREFIX) if settings.metrics_compat == "vllm" else (PREFIX,)
         metrics = RequestMetrics(registry, self._model.served_model_name, prefixes)
-        registry.register(EngineCollector(loop.stats, self._model.served_model_name, prefixes))
+        about = EngineFacts(
+            silence_ms=lambda: loop.silence_ms,
+            expert_tokens=lambda: read_expert_tokens(built.model),
+            cache_config=facts.cache_config(built.config.cache),
+        )
+        registry.register(EngineCollector(loop.stats, self._model.served_model_name, prefixes, about))
         self.servicer = WorkerServicer(loop, self._model, self._server, metrics)
         self.health = WorkerHealth(loop, shutdown, stall_seconds=settings.stall_timeout)
 

@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 import torch
 
-from gpu_worker.config import EngineConfig, ModelConfig
+from gpu_worker.config import CacheConfig, EngineConfig, ModelConfig
 from gpu_worker.engine.build import BuiltEngine, describe_quantization
 from gpu_worker.settings import WorkerSettings
 from protos.wint2.scheduler.v1 import scheduler_pb2
@@ -45,6 +45,16 @@ def server_info(config: EngineConfig) -> worker_pb2.GetServerInfoResponse:
         enable_prefix_caching=cache.enable_prefix_caching,
         enable_chunked_prefill=limits.enable_chunked_prefill,
     )
+
+
+def cache_config(cache: CacheConfig) -> dict[str, str]:
+    """The labels of the metric `cache_config_info`."""
+    return {
+        "block_size": str(cache.block_size),
+        "num_gpu_blocks": str(cache.num_blocks),
+        "cache_dtype": str(cache.dtype).removeprefix("torch."),
+        "enable_prefix_caching": str(cache.enable_prefix_caching),
+    }
 
 
 def registration(

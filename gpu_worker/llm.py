@@ -66,7 +66,7 @@ class LLM:
             built = build_engine(args, progress, self._make_grammars)
         for line in (*built.description, *notes):
             logger.info(line)
-        self._engine = built.engine
+        self._model, self._engine = built.model, built.engine
         self._num_requests = 0
 
     def get_tokenizer(self) -> Tokenizer:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from gpu_worker.engine.engine import EngineStats
+from gpu_worker.engine.engine import STEP_TOKENS, EngineStats
 from gpu_worker.engine.sequence import Request, StepOutput, Timings
 
 PREFIX = "wint2:"
@@ -101,6 +102,8 @@ HISTOGRAMS: dict[str, tuple[str, Sequence[float]]] = {
     "request_inference_time_seconds": ("From the first scheduled step to the last token.", REQUEST_BUCKETS),
     "request_prompt_tokens": ("Prompt tokens of a request.", COUNT_BUCKETS),
     "request_generation_tokens": ("Completion tokens of a request.", COUNT_BUCKETS),
+    "request_max_num_generation_tokens": ("Tokens of a request's longest completion.", COUNT_BUCKETS),
+    "request_params_n": ("Completions asked for.", COUNT_BUCKETS),
     "request_params_max_tokens": ("max_tokens asked for, where it was.", COUNT_BUCKETS),
 }
 
@@ -150,22 +153,80 @@ ENGINE_METRICS = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineFacts:
+    """What the collector asks of an engine besides its stats."""
+
+    silence_ms: Callable[[], int] = lambda: 0
+    expert_tokens: Callable[[], Mapping[int, Sequence[int]]] = dict
+    cache_config: Mapping[str, str] = field(default_factory=dict)
+
+
 class EngineCollector(Collector):
     """Reads the engine's numbers when they are scraped; the step pays nothing."""
 
-    def __init__(self, stats: Callable[[], EngineStats], model_name: str, prefixes: Sequence[str]) -> None:
+    def __init__(
+        self,
+        stats: Callable[[], EngineStats],
+        model_name: str,
+        prefixes: Sequence[str],
+        facts: EngineFacts | None = None,
+    ) -> None:
         self._stats = stats
         self._model_name = model_name
         self._prefixes = prefixes
+        self._facts = facts or EngineFacts()
 
     def collect(self) -> Iterator[Metric]:
         stats = self._stats()
         for prefix in self._prefixes:
-            for metric in ENGINE_METRICS:
-                kind = CounterMetricFamily if metric.is_total else GaugeMetricFamily
-                family = kind(prefix + metric.name, metric.help, labels=("model_name",))
-                family.add_metric((self._model_name,), metric.read(stats))
-                yield family
+            yield from self._numbers(prefix, stats)
+            yield self._step_sizes(prefix, stats)
+            yield self._silence(prefix)
+            yield self._cache_config(prefix)
+            yield self._expert_tokens(prefix)
+
+    def _numbers(self, prefix: str, stats: EngineStats) -> Iterator[Metric]:
+        for metric in ENGINE_METRICS:
+            kind = CounterMetricFamily if metric.is_total else GaugeMetricFamily
+            family = kind(prefix + metric.name, metric.help, labels=("model_name",))
+            family.add_metric((self._model_name,), metric.read(stats))
+            yield family
+
+    def _step_sizes(self, prefix: str, stats: EngineStats) -> Metric:
+        family = HistogramMetricFamily(
+            f"{prefix}iteration_tokens_total", "Tokens computed in a step.", labels=("model_name",)
+        )
+        counts = accumulate(stats.num_steps_by_tokens)
+        buckets = list(zip([*map(str, STEP_TOKENS), "+Inf"], counts, strict=True))
+        family.add_metric((self._model_name,), buckets, stats.num_tokens_total)
+        return family
+
+    def _silence(self, prefix: str) -> Metric:
+        family = GaugeMetricFamily(
+            f"{prefix}engine_silence_seconds",
+            "Since the last step, if there is work.",
+            labels=("model_name",),
+        )
+        family.add_metric((self._model_name,), self._facts.silence_ms() / 1e3)
+        return family
+
+    def _cache_config(self, prefix: str) -> Metric:
+        config = self._facts.cache_config
+        family = GaugeMetricFamily(
+            f"{prefix}cache_config_info", "The KV cache, as labels.", labels=("model_name", *config)
+        )
+        family.add_metric((self._model_name, *config.values()), 1)
+        return family
+
+    def _expert_tokens(self, prefix: str) -> Metric:
+        family = CounterMetricFamily(
+            f"{prefix}expert_tokens", "Tokens given to an expert.", labels=("model_name", "layer", "expert")
+        )
+        for layer, counts in self._facts.expert_tokens().items():
+            for expert, count in enumerate(counts):
+                family.add_metric((self._model_name, str(layer), str(expert)), count)
+        return family
 
 
 class RequestMetrics:
@@ -206,35 +267,41 @@ class RequestMetrics:
 
 
 class RequestObserver:
-    """Follows one request from its arrival to its end."""
+    """Follows one request from its arrival to the end of its last completion."""
 
     def __init__(self, metrics: RequestMetrics, request: Request) -> None:
         self._metrics = metrics
         self._request = request
-        self._last_time: float | None = None
+        self._last_times: dict[int, float] = {}  # by completion
+        self._lengths: list[int] = []  # of the completions that have ended
 
     def add(self, output: StepOutput) -> None:
         now = time.monotonic()
         if output.token_ids:
-            self._add_tokens(len(output.token_ids), now)
+            self._add_tokens(output.index, len(output.token_ids), now)
         if output.finish_reason is not None:
-            self._end(output, now)
+            self._lengths.append(output.num_completion_tokens)
+            if len(self._lengths) == self._request.params.n:
+                self._end(output, now)
 
-    def _add_tokens(self, num_tokens: int, now: float) -> None:
-        if self._last_time is None:
-            self._metrics.observe("time_to_first_token_seconds", now - self._request.arrival_time)
-        else:
+    def _add_tokens(self, index: int, num_tokens: int, now: float) -> None:
+        if index in self._last_times:
             for _ in range(num_tokens):
-                self._metrics.observe("inter_token_latency_seconds", (now - self._last_time) / num_tokens)
-        self._last_time = now
+                latency = (now - self._last_times[index]) / num_tokens
+                self._metrics.observe("inter_token_latency_seconds", latency)
+        elif index == 0:
+            self._metrics.observe("time_to_first_token_seconds", now - self._request.arrival_time)
+        self._last_times[index] = now
 
     def _end(self, output: StepOutput, now: float) -> None:
-        observe = self._metrics.observe
+        observe, params = self._metrics.observe, self._request.params
         observe("e2e_request_latency_seconds", now - self._request.arrival_time)
         observe("request_prompt_tokens", output.num_prompt_tokens)
-        observe("request_generation_tokens", output.num_completion_tokens)
-        if self._request.params.max_tokens is not None:
-            observe("request_params_max_tokens", self._request.params.max_tokens)
+        observe("request_generation_tokens", sum(self._lengths))
+        observe("request_max_num_generation_tokens", max(self._lengths))
+        observe("request_params_n", params.n)
+        if params.max_tokens is not None:
+            observe("request_params_max_tokens", params.max_tokens)
         if output.timings is not None:
             self._observe_timings(output.timings, output.num_completion_tokens)
         self._metrics.count_end(str(output.finish_reason))

@@ -75,6 +75,9 @@ class WorkerSettings(ServiceSettings):
         False,
         description="serve vllm.grpc.engine.VllmEngine too, for gateways made for vLLM (PyPI smg)",
     )
+    count_expert_tokens: bool = Field(
+        False, description="publish how many tokens each expert was given; takes a little of every step"
+    )
     metrics_compat: Literal["none", "vllm"] = Field(
         "none", description='"vllm" publishes every metric under the vllm: prefix too'
     )

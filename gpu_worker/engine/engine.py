@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 import time
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +30,8 @@ from gpu_worker.engine.sequence_table import SequenceTable
 from gpu_worker.layers.kv_cache import KVCache
 from gpu_worker.sampling_params import SamplingParams
 
+STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
@@ -45,6 +48,8 @@ class EngineStats:
     num_preemptions_total: int
     num_prefix_lookup_tokens_total: int
     num_prefix_hit_tokens_total: int
+    num_tokens_total: int
+    num_steps_by_tokens: tuple[int, ...]  # STEP_TOKENS[i - 1] < tokens <= STEP_TOKENS[i]
 
 
 class Engine:
@@ -77,7 +82,8 @@ class Engine:
         self._live: dict[str, list[Sequence]] = {}
         self._deadlines: list[tuple[float, int, Request]] = []
         self._outputs: list[StepOutput] = []
-        self._num_requests = self._num_steps = self._num_prompt_tokens = self._num_generation_tokens = 0
+        self._num_requests = self._num_tokens = self._num_prompt_tokens = self._num_generation_tokens = 0
+        self._num_steps_by_tokens = np.zeros(len(STEP_TOKENS) + 1, np.int64)
 
     @property
     def has_work(self) -> bool:
@@ -140,12 +146,14 @@ class Engine:
             num_used_blocks=self._blocks.num_used,
             num_blocks=self._blocks.num_blocks,
             num_pending_prefill_tokens=self._scheduler.num_pending_prefill_tokens,
-            num_steps_total=self._num_steps,
+            num_steps_total=int(self._num_steps_by_tokens.sum()),
             num_prompt_tokens_total=self._num_prompt_tokens,
             num_generation_tokens_total=self._num_generation_tokens,
             num_preemptions_total=self._scheduler.num_preemptions,
             num_prefix_lookup_tokens_total=self._scheduler.num_lookup_tokens,
             num_prefix_hit_tokens_total=self._scheduler.num_hit_tokens,
+            num_tokens_total=self._num_tokens,
+            num_steps_by_tokens=tuple(self._num_steps_by_tokens.tolist()),
         )
 
     def check_integrity(self) -> None:
@@ -193,7 +201,8 @@ class Engine:
         read_hidden = partial(self._scorer.score, stretches) if stretches else None
         logits_SV = self._runner.run(batch, sampled, read_hidden)
         samples = self._sampler.sample(logits_SV, step.sampled_rows)
-        self._num_steps += 1
+        self._num_tokens += step.num_tokens
+        self._num_steps_by_tokens[bisect_left(STEP_TOKENS, step.num_tokens)] += 1
         return samples
 
     def _collect(self, step: ScheduledStep, samples: Samples) -> None:

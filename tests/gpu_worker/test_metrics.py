@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 import pytest
@@ -9,7 +10,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from gpu_worker.engine.sequence import Request
-from gpu_worker.metrics import PREFIX, VLLM_PREFIX, EngineCollector, RequestMetrics
+from gpu_worker.metrics import PREFIX, VLLM_PREFIX, EngineCollector, EngineFacts, RequestMetrics
 from gpu_worker.sampling_params import SamplingParams
 from tests.fakes_model import make_engine
 
@@ -103,3 +104,37 @@ def test_vllm_names_repeat_every_number(registry):
     # What load balancers and dashboards of the field scrape.
     for name in ("num_requests_waiting", "kv_cache_usage_perc", "time_to_first_token_seconds_count"):
         assert name in theirs
+
+
+def test_steps_silence_and_experts_are_told(registry):
+    engine = make_engine()
+    about = EngineFacts(
+        silence_ms=lambda: 1500,
+        expert_tokens=lambda: {1: [3, 4], 2: [5, 6]},
+        cache_config={"block_size": "4", "num_gpu_blocks": "64"},
+    )
+    registry.register(EngineCollector(engine.stats, "m", (PREFIX, VLLM_PREFIX), about))
+    run(engine, RequestMetrics(registry, "m"), [5, 6, 7])
+    text = generate_latest(registry).decode()
+    assert 'wint2:iteration_tokens_total_bucket{le="1",model_name="m"} 7.0' in text
+    assert 'wint2:iteration_tokens_total_bucket{le="8",model_name="m"} 8.0' in text
+    assert 'wint2:iteration_tokens_total_sum{model_name="m"} 10.0' in text
+    assert 'wint2:engine_silence_seconds{model_name="m"} 1.5' in text
+    assert 'wint2:expert_tokens_total{expert="1",layer="2",model_name="m"} 6.0' in text
+    assert 'vllm:cache_config_info{block_size="4",model_name="m",num_gpu_blocks="64"} 1.0' in text
+
+
+def test_a_request_of_several_completions_is_one_request(registry):
+    engine, metrics = make_engine(), RequestMetrics(registry, "m")
+    request = Request("r", [5, 6], dataclasses.replace(GREEDY, n=3), arrival_time=time.monotonic())
+    observer = metrics.start(request)
+    engine.add(request)
+    while engine.has_work:
+        for output in engine.step():
+            observer.add(output)
+    values, _ = published(registry)
+    assert values["wint2:request_success_total"] == values["wint2:time_to_first_token_seconds_count"] == 1
+    assert values["wint2:request_generation_tokens_sum"] == 24
+    assert values["wint2:request_params_n_sum"] == 3
+    assert values["wint2:request_max_num_generation_tokens_sum"] == 8
+    assert values["wint2:inter_token_latency_seconds_count"] == 21
