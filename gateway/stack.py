@@ -24,6 +24,7 @@ from gateway.servicer import DESCRIPTOR as GATEWAY
 from gateway.servicer import gateway_service
 from gateway.settings import GatewaySettings
 from gateway.tokenize import TokenizeApi
+from gateway.worker_metrics import WorkersCollector
 from protos.rpc.channel import open_channel
 from protos.rpc.interceptor import Authenticate
 from protos.rpc.security import Security
@@ -64,6 +65,7 @@ async def running(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         stack.push_async_callback(workers.close)
         metrics = GatewayMetrics()
         readiness = Readiness(tokenizer, scheduler, workers, grpc_server.set_serving)
+        metrics.registry.register(WorkersCollector(lambda: readiness.workers))
         pipeline = Pipeline(
             tokenizer, scheduler, workers, metrics, settings.quotas(), settings.max_deltas_per_second
         )
