@@ -22,6 +22,7 @@ _DECODE_THREADS = _PREFILL_THREADS = 128
 _DECODE_WARPS, _PREFILL_KEYS = 4, 64
 _MIN_BLOCK = 16  # the decode kernel takes that many neighbouring slots for one block's
 _BLOCKS_PER_MULTIPROCESSOR = 4
+_MAX_SHARES, _MIN_KEYS = 32, 128
 _MAX_COUNTERS = 2**16
 _MAX_GATHERED = 2**26  # elements of keys that the torch form holds at a time
 
@@ -96,10 +97,10 @@ def _launch_decode(
     if num_rows > _MAX_COUNTERS:
         raise ValueError(f"paged_attention: {num_rows} sequences × KV heads exceed {_MAX_COUNTERS}")
     shares = choose_shares(num_rows, step.max_context, device.num_multiprocessors)
-    width, where = head_dim + 2, step.context_lens_S.device
+    width, where = head_dim + 4, step.context_lens_S.device
     scratch = torch.empty(num_rows * shares * _DECODE_ROWS * width, dtype=torch.float32, device=where)
     arguments = [*inputs, scratch, _counters(where), shares, *shape]
-    shared_bytes = _DECODE_WARPS * _DECODE_ROWS * width * 4 + 16
+    shared_bytes = _DECODE_ROWS * (_DECODE_WARPS * width + _MAX_SHARES + 2) * 4 + 16
     grid = num_rows, shares
     device.launch(
         _variant("decode", head_dim), "attention_decode", grid, _DECODE_THREADS, shared_bytes, arguments
@@ -121,9 +122,9 @@ def _launch_prefill(
 
 
 def choose_shares(num_rows: int, max_context: int, num_multiprocessors: int) -> int:
-    """Into how many shares a sequence's keys are cut: enough blocks to fill the GPU, and 64 keys a share."""
+    """Into how many shares a sequence's keys are cut: enough blocks to fill the GPU, 128 keys at least."""
     wanted = -(-_BLOCKS_PER_MULTIPROCESSOR * num_multiprocessors // num_rows)
-    return max(1, min(wanted, -(-max_context // 64), 32))
+    return max(1, min(wanted, -(-max_context // _MIN_KEYS), _MAX_SHARES))
 
 
 def variants() -> list[Variant]:

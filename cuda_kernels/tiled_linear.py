@@ -5,6 +5,8 @@ Shapes: T tokens, K inputs, N outputs, D hidden, F intermediate, A experts a tok
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,11 +16,22 @@ from cuda_kernels.launch import Argument, Device, check, cuda_device
 from cuda_kernels.tiled import Bits, TiledWeight, unpack_tiled
 
 _PLAIN, _GATED, _WEIGHTED = 0, 1, 2
-_THREADS, _SUMS_STRIDE, _WARPS = 256, 36, 8
-# By tiles of eight rows: chunks in flight a warp, blocks that a multiprocessor's registers hold.
-_STAGES_AND_BLOCKS = {1: (3, 3), 2: (4, 2), 4: (3, 2), 8: (2, 1)}
+_SUMS_STRIDE = 36
+_TOKEN_TILES = (1, 2, 4, 8)  # of eight rows each
 # Beyond it, a dequantized copy for the matrix library costs less than streaming the weight for every tile.
-MAX_STREAMED_ROWS = 64
+MAX_STREAMED_ROWS = 128
+
+
+def stages_and_blocks(bits: Bits, token_tiles: int) -> tuple[int, int]:
+    """Chunks in flight a warp, and blocks of eight warps that a multiprocessor's registers hold."""
+    match token_tiles:
+        case 1:
+            return (3, 3) if bits == 8 else (4, 2)
+        case 2:
+            return 4, 2
+        case 4:
+            return (3, 1) if bits == 4 else (3, 2)
+    return 2, 1
 
 
 def tiled_linear(x_TK: Tensor, weight: TiledWeight) -> Tensor:
@@ -132,19 +145,26 @@ def _sort(device: Device, ids_TA: Tensor, num_experts: int, tile_rows: int) -> t
 
 def choose_token_tiles(num_rows: int) -> int:
     """The smallest tile, in eights, that holds that many rows; at most eight."""
-    return next((tiles for tiles in _STAGES_AND_BLOCKS if num_rows <= 8 * tiles), 8)
+    return next((tiles for tiles in _TOKEN_TILES if num_rows <= 8 * tiles), _TOKEN_TILES[-1])
+
+
+def choose_warps(num_blocks: int, blocks: int, num_multiprocessors: int) -> int:
+    """Warps of a block: eight, or four where a second wave of large blocks would be short."""
+    resident = num_multiprocessors * blocks
+    return 4 if resident < num_blocks <= 3 * resident else 8
 
 
 def variants() -> list[Variant]:
     """Every kernel that these ops may ask for."""
     bits: tuple[Bits, ...] = (4, 8, 16)
-    shapes = [(b, tiles, kind) for b in bits for tiles in _STAGES_AND_BLOCKS for kind in (0, 1, 2)]
+    shapes = product(bits, _TOKEN_TILES, (_PLAIN, _GATED, _WEIGHTED), (4, 8))
     return [_variant(*shape) for shape in shapes] + [Variant("untile", (("BITS", b),)) for b in (4, 8)]
 
 
-def _variant(bits: Bits, token_tiles: int, kind: int) -> Variant:
-    stages, blocks = _STAGES_AND_BLOCKS[token_tiles]
-    defines = {"BITS": bits, "TOKEN_TILES": token_tiles, "OUTPUT": kind, "STAGES": stages, "BLOCKS": blocks}
+def _variant(bits: Bits, token_tiles: int, kind: int, warps: int) -> Variant:
+    stages, blocks = stages_and_blocks(bits, token_tiles)
+    defines = {"BITS": bits, "TOKEN_TILES": token_tiles, "OUTPUT": kind, "STAGES": stages}
+    defines |= {"WARPS": warps, "BLOCKS": blocks * 8 // warps}
     return Variant("tiled_linear", tuple(defines.items()))
 
 
@@ -161,6 +181,8 @@ def _launch(
 ) -> None:
     arguments: list[Argument] = [weight.tiles, weight.scales, weight.num_pairs, weight.num_chunks]
     arguments += [x, weight.num_inputs, *rows, y, expert_weights, weight.num_features]
-    shared_bytes = _WARPS * 8 * token_tiles * _SUMS_STRIDE * 4
-    variant = _variant(weight.bits, token_tiles, kind)
-    device.launch(variant, "tiled_linear", grid, _THREADS, shared_bytes, arguments)
+    _, blocks = stages_and_blocks(weight.bits, token_tiles)
+    warps = choose_warps(grid[0] * grid[1], blocks, device.num_multiprocessors)
+    shared_bytes = warps * 8 * token_tiles * _SUMS_STRIDE * 4
+    variant = _variant(weight.bits, token_tiles, kind, warps)
+    device.launch(variant, "tiled_linear", grid, 32 * warps, shared_bytes, arguments)

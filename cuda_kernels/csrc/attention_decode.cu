@@ -5,7 +5,7 @@
 // their order: the result does not depend on which one that was.
 #include "attention.cuh"
 
-constexpr int WARPS = 4, THREADS = 32 * WARPS, ROWS = 16, KEYS = 16;
+constexpr int WARPS = 4, THREADS = 32 * WARPS, ROWS = 16, KEYS = 16, MIN_KEYS = 2 * WARPS * KEYS;
 
 struct Share {
     int begin, end;  // keys
@@ -75,7 +75,7 @@ DEVICE void sweep(Answer& answer, const Query& query, const Cache& cache, Share 
 }
 
 // Sums of one row: HEAD_DIM products, then the top and the total, in floats.
-constexpr int ROW = HEAD_DIM + 2;
+constexpr int ROW = HEAD_DIM + 4, ROW_VECTORS = ROW / 4, FEATURE_VECTORS = HEAD_DIM / 4, MAX_SHARES = 32;
 
 // The warp's rows to `partial` [ROWS, ROW].
 DEVICE void put(Answer& answer, float* partial) {
@@ -92,34 +92,76 @@ DEVICE void put(Answer& answer, float* partial) {
     }
 }
 
-// One feature of one row over `count` partial sums, `stride` floats apart: (products, top, total).
-struct Merged {
-    float sum, top, total;
-};
-DEVICE Merged merge(const float* row, int feature, int count, int stride) {
-    Merged merged = {0, NEVER, 0};
-    for (int i = 0; i < count; ++i) merged.top = larger(merged.top, row[i * stride + HEAD_DIM]);
-    for (int i = 0; i < count; ++i) {
-        float factor = fast_exp2(row[i * stride + HEAD_DIM] - merged.top);
-        merged.sum += factor * row[i * stride + feature];
-        merged.total += factor * row[i * stride + HEAD_DIM + 1];
-    }
-    return merged;
-}
+// How `count` partial sums of each of the group's rows, [count, ROWS, ROW], add up: first the factor of each part.
+struct Merger {
+    const float* parts;
+    float* factors;  // shared [ROWS, MAX_SHARES]
+    float* ends;     // shared [ROWS, 2]: top and total of the whole
+    int count, group;
 
-// Block (sequence · G + KV head, share). scratch [S·G, shares, 16, ROW]; counters [S·G] zero before and after.
+    DEVICE void weigh() {
+        for (int i = threadIdx.x; i < group * count; i += THREADS) {
+            factors[i / count * MAX_SHARES + i % count] = parts[(i % count * ROWS + i / count) * ROW + HEAD_DIM];
+        }
+        sync_block();
+        for (int row = threadIdx.x; row < group; row += THREADS) {
+            float top = NEVER, total = 0, *mine = factors + row * MAX_SHARES;
+            for (int i = 0; i < count; ++i) top = larger(top, mine[i]);
+            for (int i = 0; i < count; ++i) {
+                mine[i] = fast_exp2(mine[i] - top);
+                total += mine[i] * parts[(i * ROWS + row) * ROW + HEAD_DIM + 1];
+            }
+            ends[2 * row] = top, ends[2 * row + 1] = total;
+        }
+        sync_block();
+    }
+
+    // Four neighbouring products of a row.
+    DEVICE Floats4 products(int row, int vector) const {
+        const Floats4* part = (const Floats4*)parts + row * ROW_VECTORS + vector;
+        Floats4 sums = {};
+#pragma unroll 8
+        for (int i = 0; i < count; ++i) {
+            Floats4 some = part[i * ROWS * ROW_VECTORS];
+            for (int j = 0; j < 4; ++j) sums.v[j] += factors[row * MAX_SHARES + i] * some.v[j];
+        }
+        return sums;
+    }
+
+    DEVICE void write(u32* result) const {
+        for (int i = threadIdx.x; i < group * FEATURE_VECTORS; i += THREADS) {
+            int row = i / FEATURE_VECTORS;
+            Floats4 y = products(row, i % FEATURE_VECTORS);
+            float factor = 1.f / ends[2 * row + 1];
+            result[2 * i] = pack_bfloat2(y.v[0] * factor, y.v[1] * factor);
+            result[2 * i + 1] = pack_bfloat2(y.v[2] * factor, y.v[3] * factor);
+        }
+    }
+
+    // As one part of a larger whole, [ROWS, ROW].
+    DEVICE void pass_on(float* part) const {
+        for (int i = threadIdx.x; i < group * FEATURE_VECTORS; i += THREADS) {
+            int row = i / FEATURE_VECTORS, vector = i % FEATURE_VECTORS;
+            ((Floats4*)part)[row * ROW_VECTORS + vector] = products(row, vector);
+            if (vector < 2) part[row * ROW + HEAD_DIM + vector] = ends[2 * row + vector];
+        }
+    }
+};
+
+// Block (sequence · G + KV head, share). scratch [S·G, shares, ROWS, ROW]; counters [S·G] zero before and after.
 KERNEL(THREADS, 2) attention_decode(const Words4* query, const Words4* keys, const Words4* values, const int* tables,
                                     const int* query_starts, const int* context_lens, u16* out, float* scratch,
                                     u32* counters, int shares, int heads, int kv_heads, int query_stride,
                                     int block_bits, int table_width, float scale) {
     DYNAMIC_SHARED(shared);
-    float* partial = (float*)shared;
-    int* is_last = (int*)(partial + WARPS * ROWS * ROW);
+    float *partial = (float*)shared, *factors = partial + WARPS * ROWS * ROW, *ends = factors + ROWS * MAX_SHARES;
+    int* is_last = (int*)(ends + 2 * ROWS);
     int sequence = blockIdx.x / kv_heads, kv_head = blockIdx.x % kv_heads, group = heads / kv_heads;
     long token = query_starts[sequence];
-    if (query_starts[sequence + 1] - token != 1) return;
     int length = context_lens[sequence];
-    int share_keys = ((length + shares - 1) / shares + 63) / 64 * 64, live = (length + share_keys - 1) / share_keys;
+    if (query_starts[sequence + 1] - token != 1) return;
+    int share_keys = ((length + shares - 1) / shares + MIN_KEYS - 1) / MIN_KEYS * MIN_KEYS;
+    int live = (length + share_keys - 1) / share_keys;
     Share share = {(int)blockIdx.y * share_keys, smaller(length, (int)(blockIdx.y + 1) * share_keys)};
     if (share.begin >= length) return;
 
@@ -132,28 +174,19 @@ KERNEL(THREADS, 2) attention_decode(const Words4* query, const Words4* keys, con
     put(answer, partial + threadIdx.x / 32 * ROWS * ROW);
     sync_block();
 
-    u16* result = out + (token * heads + (long)kv_head * group) * HEAD_DIM;
-    float* mine = scratch + ((long)blockIdx.x * shares + blockIdx.y) * ROWS * ROW;
-    for (int i = threadIdx.x; i < group * HEAD_DIM; i += THREADS) {
-        int row = i / HEAD_DIM, feature = i % HEAD_DIM;
-        Merged merged = merge(partial + row * ROW, feature, WARPS, ROWS * ROW);
-        if (live == 1) {
-            result[i] = float_bfloat(merged.sum / merged.total);
-        } else {
-            mine[row * ROW + feature] = merged.sum;
-            if (feature == 0) mine[row * ROW + HEAD_DIM] = merged.top, mine[row * ROW + HEAD_DIM + 1] = merged.total;
-        }
-    }
-    if (live == 1) return;
+    u32* result = (u32*)(out + (token * heads + (long)kv_head * group) * HEAD_DIM);
+    float* parts = scratch + (long)blockIdx.x * shares * ROWS * ROW;
+    Merger warps = {partial, factors, ends, WARPS, group};
+    warps.weigh();
+    if (live == 1) return warps.write(result);
+    warps.pass_on(parts + blockIdx.y * ROWS * ROW);
     sync_block();
     if (threadIdx.x == 0) *is_last = arrive(&counters[blockIdx.x]) + 1 == (u32)live;
     sync_block();
     if (!*is_last) return;
     see_arrived();
-    const float* first = scratch + (long)blockIdx.x * shares * ROWS * ROW;
-    for (int i = threadIdx.x; i < group * HEAD_DIM; i += THREADS) {
-        Merged merged = merge(first + i / HEAD_DIM * ROW, i % HEAD_DIM, live, ROWS * ROW);
-        result[i] = float_bfloat(merged.sum / merged.total);
-    }
+    Merger all = {parts, factors, ends, live, group};
+    all.weigh();
+    all.write(result);
     if (threadIdx.x == 0) counters[blockIdx.x] = 0;
 }

@@ -1,11 +1,11 @@
 // y = x · Wᵀ with weights of 4, 8 or 16 bits streamed once, for few rows of x: dense layers and routed experts.
 //
-// A block computes 32 outputs (two 16-channel tiles, or 16 gates and their 16 ups) of one tile of rows. Its eight warps
-// share K chunk by chunk. Sums meet in shared memory, in the order of the warps: a row's result does not depend on the
+// A block computes 32 outputs (two 16-channel tiles, or 16 gates and their 16 ups) of one tile of rows. Its warps share
+// K chunk by chunk. Sums meet in shared memory, in the order of the warps: a row's result does not depend on the
 // rows beside it.
 #include "tiled.cuh"
 
-constexpr int WARPS = 8, THREADS = 32 * WARPS;
+constexpr int THREADS = 32 * WARPS;
 constexpr int ROWS = 8 * TOKEN_TILES;             // of x in one tile
 constexpr int STRIDE = 36;                        // of one row's 32 sums: 4t+g meet 32 different banks
 enum { PLAIN = 0, GATED = 1, WEIGHTED = 2 };      // OUTPUT: bfloat y, bfloat silu(gate)·up, float y · expert weight
@@ -71,31 +71,34 @@ DEVICE void multiply(Sums& sums, const Words4& tile0, const Words4& tile1, const
     }
 }
 
-// This warp's chunks, STAGES of them in flight.
+struct Stream {
+    const Words4* next;  // this lane's share of the chunk to be loaded
+    int left;            // chunks of this warp that are not loaded yet
+
+    DEVICE void load(Words4 (&chunk)[2]) {
+        if (left-- <= 0) return;
+        chunk[0] = load_once16(next);
+        chunk[1] = load_once16(next + 32);
+        next += WARPS * 64;
+    }
+};
+
+// This warp's chunks, every WARPS-th, STAGES of them in flight.
 DEVICE void sweep(Sums& sums, const Words4* weights, const Input& input, int chunks) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int mine = (chunks - warp + WARPS - 1) / WARPS, k = warp * K_CHUNK + lane % 4 * K_LANE;
+    Stream stream = {weights + warp * 64 + lane, mine};
     Words4 ring[STAGES][2];
-    const Words4* mine = weights + lane;
 #pragma unroll
-    for (int stage = 0; stage < STAGES; ++stage) {
-        long chunk = warp + stage * WARPS;
-        if (chunk < chunks) {
-            ring[stage][0] = load_once16(mine + chunk * 64);
-            ring[stage][1] = load_once16(mine + chunk * 64 + 32);
-        }
-    }
-    for (int base = warp; base < chunks; base += STAGES * WARPS) {
+    for (auto& chunk : ring) stream.load(chunk);
+    while (mine > 0) {
 #pragma unroll
-        for (int stage = 0; stage < STAGES; ++stage) {
-            int chunk = base + stage * WARPS;
-            long ahead = chunk + STAGES * WARPS;
-            if (chunk >= chunks) break;
-            Words4 tile0 = ring[stage][0], tile1 = ring[stage][1];
-            if (ahead < chunks) {
-                ring[stage][0] = load_once16(mine + ahead * 64);
-                ring[stage][1] = load_once16(mine + ahead * 64 + 32);
-            }
-            multiply(sums, tile0, tile1, input, chunk * K_CHUNK + lane % 4 * K_LANE);
+        for (auto& chunk : ring) {
+            if (mine-- <= 0) break;
+            Words4 tile0 = chunk[0], tile1 = chunk[1];
+            stream.load(chunk);
+            multiply(sums, tile0, tile1, input, k);
+            k += WARPS * K_CHUNK;
         }
     }
 }

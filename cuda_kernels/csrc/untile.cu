@@ -3,14 +3,16 @@
 
 DEVICE u32 scaled(u32 pair, float scale) { return pack_bfloat2(low_bfloat(pair) * scale, high_bfloat(pair) * scale); }
 
-// One channel's share of a lane: K_LANE values from `out` on, as far as they are within the row.
+// One channel's share of a lane: K_LANE values from `out` on, eight at a time, as far as they are within the row.
 DEVICE void write(u32 low, u32 high, float scale, u16* out, int left) {
-    for (int index = 0; index < MMAS; ++index) {
-        if (4 * index >= left) return;
-        u32 first, second;
-        decode(low, high, index, first, second);
-        ((u32*)out)[2 * index] = scaled(first, scale);
-        ((u32*)out)[2 * index + 1] = scaled(second, scale);
+#pragma unroll
+    for (int part = 0; part < MMAS / 2; ++part) {
+        if (8 * part >= left) return;
+        u32 pairs[4];
+        decode(low, high, 2 * part, pairs[0], pairs[1]);
+        decode(low, high, 2 * part + 1, pairs[2], pairs[3]);
+        for (u32& pair : pairs) pair = scaled(pair, scale);
+        ((Words4*)out)[part] = {pairs[0], pairs[1], pairs[2], pairs[3]};
     }
 }
 

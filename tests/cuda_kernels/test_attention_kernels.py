@@ -72,5 +72,5 @@ def _rest(step: op.Step) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 def test_shares_fill_the_gpu_and_no_more(num_rows: int, max_context: int) -> None:
     shares = op.choose_shares(num_rows, max_context, 132)
     assert 1 <= shares <= 32
-    assert shares == 1 or (shares - 1) * 64 < max_context
+    assert shares == 1 or (shares - 1) * 128 < max_context
     assert shares == 1 or (shares - 1) * num_rows < 4 * 132

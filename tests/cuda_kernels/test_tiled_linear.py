@@ -96,3 +96,8 @@ def test_wrong_sizes_are_named(emulator: Emulator) -> None:
         weight(32, 12, 8)
     with pytest.raises(ValueError, match=r"x_TK: expected contiguous bfloat16 \[2, 64\]"):
         op.launch_tiled_linear(emulator, torch.zeros(2, 72).bfloat16(), weight(32, 64, 8))
+
+
+@pytest.mark.parametrize(("num_blocks", "warps"), [(1, 8), (264, 8), (320, 4), (792, 4), (793, 8)])
+def test_blocks_are_small_where_a_second_wave_would_be_short(num_blocks: int, warps: int) -> None:
+    assert op.choose_warps(num_blocks, 2, 132) == warps

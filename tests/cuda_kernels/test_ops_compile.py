@@ -1,0 +1,48 @@
+"""The ops' kernels compile for every architecture without a warning or a spill, within their registers."""
+
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
+
+import pytest
+
+from cuda_kernels import attention_kernels, tiled_linear
+from cuda_kernels.build import Cubin, Variant, compile_cubin
+from cuda_kernels.routing import route_variant
+
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100a")
+REGISTERS = 65536
+# Threads of a block, and blocks a multiprocessor holds at once, as the launch bounds say.
+THREADS = {"rms_norm": 1024, "rope": 256, "kv_store": 256, "route": 128, "untile": 256, "tiled_linear": 256}
+
+
+def is_tested(variant: Variant) -> bool:
+    """Of the streaming kernel each width and tile once: what differs is in the last few lines."""
+    defines = dict(variant.defines)
+    return variant.stem == "untile" or (defines["OUTPUT"] == defines["BITS"] // 8 and defines["WARPS"] == 8)
+
+
+def variants() -> list[Variant]:
+    small = [Variant(stem) for stem in ("norm", "rope", "kv_store")] + [route_variant(n) for n in (64, 512)]
+    return small + attention_kernels.variants() + [v for v in tiled_linear.variants() if is_tested(v)]
+
+
+@pytest.fixture(scope="module")
+def cubins() -> dict[tuple[Variant, str], Cubin]:
+    wanted = list(product(variants(), ARCHITECTURES))
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(wanted, pool.map(lambda which: compile_cubin(*which), wanted), strict=True))
+
+
+@pytest.mark.parametrize("variant", variants(), ids=str)
+def test_compiles_cleanly_everywhere(variant: Variant, cubins: dict[tuple[Variant, str], Cubin]) -> None:
+    for arch in ARCHITECTURES:
+        cubin = cubins[variant, arch]
+        assert "warning" not in cubin.log.lower(), cubin.log
+        for kernel, usage in cubin.usage.items():
+            blocks = dict(variant.defines).get("BLOCKS", 1)
+            assert usage.spill_bytes == usage.stack_bytes == usage.shared_bytes == 0, (
+                f"{kernel} {arch}: {usage}"
+            )
+            assert usage.registers * THREADS.get(kernel, 128) * blocks <= REGISTERS, (
+                f"{kernel} {arch}: {usage}"
+            )
