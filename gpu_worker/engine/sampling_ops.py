@@ -4,17 +4,20 @@ A draw inverts the cumulative distribution, so it needs a single random number, 
 the sequence's seed and the token's position: no generator state, and nothing of the batch, enters it. Every
 row's result is a function of that row alone.
 
-S sequences, V vocabulary, W the likeliest tokens looked at, best first.
+S sequences, V vocabulary, cut into K runs of U tokens; W the likeliest tokens looked at, best first.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
-# Most nuclei are narrower than this many tokens; where one is not, its whole row is sorted.
-WINDOW = 512
+# Most nuclei are narrower than the first of these, in tokens; the rows of wider ones are looked at again.
+WINDOWS = (64, 512)
+
+_RUN = 128  # tokens
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
@@ -35,9 +38,21 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 def draw_plain(logits_SV: torch.Tensor, temperature_S: torch.Tensor, uniform_S: torch.Tensor) -> torch.Tensor:
-    """Token ids int64 [S] from softmax(logits / temperature)."""
+    """Token ids int64 [S] from softmax(logits / temperature).
+
+    First a run of tokens is found, then the token in it: far fewer sums than all of a large vocabulary's.
+    """
     probs_SV = torch.softmax(logits_SV / temperature_S[:, None], dim=-1)
-    return _invert(torch.cumsum(probs_SV, dim=-1, dtype=torch.float64), uniform_S)
+    vocab_size = probs_SV.shape[1]
+    probs_SKU = F.pad(probs_SV, (0, -vocab_size % _RUN)).unflatten(1, (-1, _RUN))
+    mass_SK = probs_SKU.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    run_S = _invert(mass_SK, uniform_S)
+    probs_SU = probs_SKU[torch.arange(len(run_S), device=run_S.device), run_S]
+    mass_SU = probs_SU.cumsum(dim=-1, dtype=torch.float64)
+    before_S1 = F.pad(mass_SK, (1, 0)).gather(1, run_S[:, None])
+    share_S1 = (uniform_S[:, None] * mass_SK[:, -1:] - before_S1) / mass_SU[:, -1:]
+    # Less than 1, so that the search always ends on a token that has some mass.
+    return run_S * _RUN + _invert(mass_SU, share_S1.squeeze(1).clamp(0, 1 - 2.0**-48))
 
 
 def draw_filtered(
@@ -53,14 +68,17 @@ def draw_filtered(
     top_k = 0 keeps all; top_p is the mass of what top_k left, its last token included.
     """
     scaled_SV = logits_SV / temperature_S[:, None]
-    window = min(WINDOW, scaled_SV.shape[1])
+    vocab_size = scaled_SV.shape[1]
     args = (top_k_S, top_p_S, min_p_S, uniform_S)
-    token_ids, is_exact = _draw_from_likeliest(scaled_SV, window, *args)
-    wide = torch.nonzero(~is_exact).squeeze(1)
-    if window < scaled_SV.shape[1] and len(wide):
-        args_wide = (arg[wide] for arg in args)
-        token_ids[wide], _ = _draw_from_likeliest(scaled_SV[wide], scaled_SV.shape[1], *args_wide)
-    return token_ids
+    token_ids_S = torch.zeros(len(scaled_SV), dtype=torch.int64, device=scaled_SV.device)
+    left = torch.arange(len(scaled_SV), device=scaled_SV.device)
+    for window in (*(width for width in WINDOWS if width < vocab_size), vocab_size):
+        drawn, is_exact = _draw_from_likeliest(scaled_SV[left], window, *(arg[left] for arg in args))
+        token_ids_S[left] = drawn
+        left = left[~is_exact]
+        if not len(left):
+            break
+    return token_ids_S
 
 
 def _draw_from_likeliest(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from gpu_worker.engine.penalties import TokenCounts
 from gpu_worker.engine.sampler import Sampler
-from gpu_worker.engine.sampling_ops import WINDOW, draw_filtered, draw_plain, uniforms
+from gpu_worker.engine.sampling_ops import WINDOWS, draw_filtered, draw_plain, uniforms
 from gpu_worker.engine.sequence import Request, Sequence
 from gpu_worker.engine.sequence_table import SequenceTable
 from gpu_worker.sampling_params import SamplingParams
@@ -64,7 +64,14 @@ def test_the_drawn_distribution(seed, vocab_size, temperature, top_k, top_p, min
 
 @pytest.mark.parametrize(
     ("top_k", "top_p", "min_p"),
-    [(0, 0.9, 0.0), (WINDOW + 100, 0.9, 0.0), (0, 1.0, 0.9), (WINDOW + 1, 1.0, 0.0)],
+    [
+        (0, 0.9, 0.0),
+        (WINDOWS[0], 1.0, 0.0),
+        (WINDOWS[0] + 1, 1.0, 0.0),
+        (WINDOWS[-1] + 100, 0.9, 0.0),
+        (0, 1.0, 0.9),
+        (WINDOWS[-1] + 1, 1.0, 0.0),
+    ],
 )
 def test_what_is_wider_than_the_window_is_exact_too(top_k, top_p, min_p):
     logits = np.random.default_rng(0).normal(size=1000) * 0.01
