@@ -165,6 +165,14 @@ class WorkerClient:
             call.cancel()
             link.num_calls -= 1
 
+    async def expert_tokens(self, address: str) -> Sequence[worker_pb2.LayerExpertTokens]:
+        """Each layer's counts, none if the worker does not count. Raises ServiceError."""
+        link = self._links.get(address) or self._connect(address)
+        request = worker_pb2.GetExpertTokensRequest()
+        with errors_of("worker"):
+            answer = await link.stub.GetExpertTokens(request, timeout=1.0, metadata=outgoing_metadata())
+        return answer.layers
+
     async def retain(self, addresses: set[str]) -> None:
         """Closes idle connections to workers that are no longer listed."""
         for address, link in list(self._links.items()):

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import re
 from importlib.resources import files
-from typing import Any, NotRequired
+from operator import add
+from typing import Any
 
 from fastapi import APIRouter
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from typing_extensions import TypedDict  # pydantic reads typing's own only from Python 3.12 on
 
-from gateway.clients import SchedulerClient
+from gateway.clients import SchedulerClient, WorkerClient
 from gateway.readiness import Readiness
 from protos.rpc.errors import ServiceError
 from protos.wint2.scheduler.v1.scheduler_pb2 import GetQueueResponse, Worker
@@ -49,15 +51,16 @@ class Status(TypedDict):
     reasons: list[str]  # why requests cannot be served now; empty if they can
     queue: QueueState
     workers: list[WorkerState]
-    experts: NotRequired[list[LayerExperts]]
+    experts: list[LayerExperts]  # empty unless workers run with --count-expert-tokens
 
 
 class Playground:
     """The page's two handlers."""
 
-    def __init__(self, readiness: Readiness, scheduler: SchedulerClient) -> None:
+    def __init__(self, readiness: Readiness, scheduler: SchedulerClient, workers: WorkerClient) -> None:
         self._readiness = readiness
         self._scheduler = scheduler
+        self._workers = workers
         page = files("gateway").joinpath("playground.html").read_text(encoding="utf-8")
         headers = {"content-security-policy": content_security_policy(page), "cache-control": "no-cache"}
         self._page = HTMLResponse(page, headers={**headers, "referrer-policy": "no-referrer"})
@@ -73,6 +76,7 @@ class Playground:
             "reasons": self._readiness.reasons,
             "queue": queue_state(await self._queue()),
             "workers": workers,
+            "experts": await self._experts(),
         }
         return JSONResponse(status, headers={"cache-control": "no-store"})
 
@@ -81,6 +85,20 @@ class Playground:
             return await self._scheduler.queue()
         except ServiceError:
             return GetQueueResponse()  # `reasons` says that the scheduler cannot be asked
+
+    async def _experts(self) -> list[LayerExperts]:
+        """The sum over the workers that count; those that do not answer do not hold up the page."""
+        serving = [
+            worker.registration.address for worker in self._readiness.workers if worker.load.is_serving
+        ]
+        counts = await asyncio.gather(*map(self._workers.expert_tokens, serving), return_exceptions=True)
+        totals: dict[int, list[int]] = {}
+        for layers in counts:
+            if not isinstance(layers, BaseException):
+                for layer in layers:
+                    so_far = totals.get(layer.layer, [0] * len(layer.tokens))
+                    totals[layer.layer] = list(map(add, so_far, layer.tokens))
+        return [{"layer": layer, "tokens": totals[layer]} for layer in sorted(totals)]
 
 
 def playground_routes(playground: Playground) -> APIRouter:

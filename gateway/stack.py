@@ -74,7 +74,7 @@ async def running(settings: GatewaySettings) -> AsyncIterator[Gateway]:
             openai_routes(api := OpenAiApi(pipeline, readiness, metrics, settings)),
             tokenize_routes(TokenizeApi(tokenizer, readiness, settings.limits())),
             state_routes(api),
-            playground_routes(Playground(readiness, scheduler)),
+            playground_routes(Playground(readiness, scheduler, workers)),
         )
         app = build_app(routers, metrics, keys, settings)
         tls = read_http_tls(settings.http_tls_cert, settings.http_tls_key)

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import fields
+from functools import partial
 from importlib import import_module
 from threading import Thread
 from types import ModuleType
@@ -140,13 +141,14 @@ class Worker:
         self._server = facts.server_info(built.config)
         prefixes = (PREFIX, VLLM_PREFIX) if settings.metrics_compat == "vllm" else (PREFIX,)
         metrics = RequestMetrics(registry, self._model.served_model_name, prefixes)
+        experts = partial(read_expert_tokens, built.model)
         about = EngineFacts(
             silence_ms=lambda: loop.silence_ms,
-            expert_tokens=lambda: read_expert_tokens(built.model),
+            expert_tokens=experts,
             cache_config=facts.cache_config(built.config.cache),
         )
         registry.register(EngineCollector(loop.stats, self._model.served_model_name, prefixes, about))
-        self.servicer = WorkerServicer(loop, self._model, self._server, metrics)
+        self.servicer = WorkerServicer(loop, self._model, self._server, metrics, experts)
         self.health = WorkerHealth(loop, shutdown, stall_seconds=settings.stall_timeout)
 
     def registrars(self, address: str) -> list[Coroutine[Any, Any, None]]:

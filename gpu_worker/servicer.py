@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 
 from gpu_worker import messages
@@ -19,7 +19,9 @@ from protos.wint2.worker.v1 import worker_pb2, worker_pb2_grpc
 
 
 class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
-    """`model` and `server` are the answers of GetModelInfo and GetServerInfo, fixed from the start."""
+    """`model` and `server` are the answers of GetModelInfo and GetServerInfo, fixed from the start;
+    `expert_tokens` gives each layer's counts, by expert, if they are counted.
+    """
 
     def __init__(
         self,
@@ -27,11 +29,13 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         model: worker_pb2.GetModelInfoResponse,
         server: worker_pb2.GetServerInfoResponse,
         metrics: RequestMetrics,
+        expert_tokens: Callable[[], Mapping[int, Sequence[int]]] = dict,
     ) -> None:
         self._engine = engine
         self._model = model
         self._server = server
         self._metrics = metrics
+        self._expert_tokens = expert_tokens
         self._ready_time = time.monotonic()
 
     async def Generate(
@@ -90,6 +94,13 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
             engine_silence_ms=self._engine.silence_ms,
             is_draining=load.is_draining,
         )
+
+    async def GetExpertTokens(
+        self, request: worker_pb2.GetExpertTokensRequest, context: Context
+    ) -> worker_pb2.GetExpertTokensResponse:
+        counts = await asyncio.to_thread(self._expert_tokens)  # waits for the device
+        layers = [worker_pb2.LayerExpertTokens(layer=i, tokens=tokens) for i, tokens in counts.items()]
+        return worker_pb2.GetExpertTokensResponse(layers=layers)
 
     async def _respond(
         self, request: Request, outputs: AsyncIterator[StepOutput]

@@ -165,6 +165,10 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
     async def GetLoad(self, request: Any, context: Any) -> worker_pb2.GetLoadResponse:
         return worker_pb2.GetLoadResponse(num_running=len(self.live), num_kv_blocks=64)
 
+    async def GetExpertTokens(self, request: Any, context: Any) -> worker_pb2.GetExpertTokensResponse:
+        layers = [worker_pb2.LayerExpertTokens(layer=layer, tokens=[3, 0, layer]) for layer in (1, 2)]
+        return worker_pb2.GetExpertTokensResponse(layers=layers)
+
 
 class FakeScheduler(scheduler_pb2_grpc.SchedulerServiceServicer):
     """Takes every worker in and remembers what it said; places nothing."""

@@ -8,7 +8,7 @@ import pytest
 
 from gateway.playground import INLINE, content_security_policy
 from tests.fakes import FakeWorker
-from tests.gateway.harness import MODEL, Stack, serving_stack, stack, until
+from tests.gateway.harness import MODEL, Stack, serving_stack, stack, until, worker
 
 
 @pytest.mark.asyncio(loop_scope="module")
@@ -58,6 +58,13 @@ async def test_status_counts_what_runs() -> None:
     ):
         await until(lambda: endless.live)
         assert (await made.http.get("/status")).json()["queue"]["placed"] == 1
+
+
+async def test_experts_are_summed_over_workers(stack: Stack) -> None:
+    async with worker(stack):
+        await until(lambda: all(w.load.is_serving for w in stack.gateway.readiness.workers))
+        experts = (await stack.http.get("/status")).json()["experts"]
+        assert experts == [{"layer": 1, "tokens": [6, 0, 2]}, {"layer": 2, "tokens": [6, 0, 4]}]
 
 
 async def test_status_says_why_nothing_can_be_asked() -> None:
