@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-QuantFormat = Literal["none", "wint8", "wint4", "wint2"]
+QuantFormat = Literal["none", "wint8", "wint4", "wint2", "wint2t"]
 
 
 @dataclass(frozen=True, slots=True)

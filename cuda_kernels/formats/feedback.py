@@ -20,16 +20,16 @@ class Couplings:
     metric: Metric
 
 
-def feedback_couplings(hessian: Tensor) -> Couplings:
-    """Block LDLᵀ of H (LDLQ, Chee et al. 2023; GPTQ's U = chol(H⁻¹), four rows at a time).
+def feedback_couplings(hessian: Tensor, block: int = 4) -> Couplings:
+    """Block LDLᵀ of H (LDLQ, Chee et al. 2023; GPTQ's U = chol(H⁻¹), `block` rows at a time).
 
     With H⁻¹ = Uᵀ U, an error e in block J costs |U_JJ⁻ᵀ e|² once all later rows answer with -U_J,restᵀ
     U_JJ⁻ᵀ e.
     """
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     upper = torch.linalg.cholesky(inverse, upper=True)
-    factors = torch.linalg.inv(_diagonal(upper)).mT.contiguous()
-    columns = upper.mT.unflatten(1, (-1, 4)).transpose(0, 1)
+    factors = torch.linalg.inv(_diagonal(upper, block)).mT.contiguous()
+    columns = upper.mT.unflatten(1, (-1, block)).transpose(0, 1)
     return Couplings(-(columns @ factors).transpose(0, 1).flatten(1), Metric(factors))
 
 
@@ -161,7 +161,7 @@ def _decode(book: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     return (levels * scale.unsqueeze(1)).view(-1, columns)
 
 
-def _diagonal(matrix: Tensor) -> Tensor:
-    """A view of the 4x4 blocks on the diagonal, [K/4, 4, 4]."""
-    blocks = matrix.view(matrix.shape[0] // 4, 4, -1, 4)
+def _diagonal(matrix: Tensor, size: int = 4) -> Tensor:
+    """A view of the square blocks on the diagonal, [K/size, size, size]."""
+    blocks = matrix.view(matrix.shape[0] // size, size, -1, size)
     return blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1)

@@ -46,6 +46,13 @@ def pad_rows(weight: Tensor, multiple: int = ROW_MULTIPLE) -> Tensor:
     return torch.nn.functional.pad(weight, (0, 0, 0, missing)) if missing else weight
 
 
+def product_dtype(scale_rounding: ScaleRounding) -> torch.dtype:
+    """Where the product local·super is rounded."""
+    if scale_rounding not in ("bf16", "fp32"):
+        raise FormatError(f"scale_rounding: expected 'bf16' or 'fp32', got {scale_rounding!r}")
+    return torch.bfloat16 if scale_rounding == "bf16" else torch.float32
+
+
 # A slot is a position along K as stored. In a SHUFFLED file slot 16a+2b+c of a 64-group holds row 8b+2a+c
 # (a<4, b<8, c<2), the order in which one lane of mma.m16n8k16 needs the four weights of a byte:
 #

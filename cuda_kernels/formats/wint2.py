@@ -16,6 +16,7 @@ from cuda_kernels.formats.layout import (
     check,
     check_rows,
     check_weight,
+    product_dtype,
     slot_rows,
     to_rows,
     to_slots,
@@ -100,16 +101,10 @@ def dequantize(
     weight = Wint2Weight(quant_weight, weight_scale, super_scales, code_scale, code_zp)
     _check_tensors(weight)
     levels, local = unpack(weight, k_order=k_order)
-    dtype = _product_dtype(scale_rounding)
+    dtype = product_dtype(scale_rounding)
     scale = local.to(dtype) * super_scales.to(dtype)
     groups = levels.view(-1, GROUP_SIZE, levels.shape[1]).to(dtype)
     return (groups * scale.unsqueeze(1)).flatten(0, 1).to(torch.bfloat16)
-
-
-def _product_dtype(scale_rounding: ScaleRounding) -> torch.dtype:
-    if scale_rounding not in ("bf16", "fp32"):
-        raise FormatError(f"scale_rounding: expected 'bf16' or 'fp32', got {scale_rounding!r}")
-    return torch.bfloat16 if scale_rounding == "bf16" else torch.float32
 
 
 def _check_tensors(weight: Wint2Weight) -> None:

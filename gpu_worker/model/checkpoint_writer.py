@@ -12,10 +12,11 @@ from torch import Tensor
 
 from cuda_kernels.formats import wint4, wint8
 from cuda_kernels.formats.wint2 import Wint2Weight
+from cuda_kernels.formats.wint2t import Wint2tWeight
 from cuda_kernels.formats.wint4 import Wint4Weight
 from cuda_kernels.formats.wint8 import Wint8Weight
 
-QuantizedWeight = Wint2Weight | Wint4Weight | Wint8Weight
+QuantizedWeight = Wint2Weight | Wint2tWeight | Wint4Weight | Wint8Weight
 
 _READABLE = 0o644  # save_file makes files that only their owner can read, yet services run as other users
 INDEX_NAME = "model.safetensors.index.json"
@@ -30,7 +31,7 @@ def stored_tensors(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
     """A projection's tensors as the file has them, under `ernie.{name}.`; WINT8 and WINT4 in Paddle's
     layout."""
     match weight:
-        case Wint2Weight():
+        case Wint2Weight() | Wint2tWeight():
             parts = weight.tensors()
         case Wint8Weight(levels, scale):
             parts = {"quant_weight": wint8.pack(levels), "weight_scale": scale}

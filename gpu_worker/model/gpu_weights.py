@@ -34,7 +34,8 @@ def can_stream(stored: StoredLinear) -> bool:
 
 def can_stream_experts(experts: Sequence[MLPPlan]) -> bool:
     projections = [projection for expert in experts for projection in (expert.up_gate, expert.down)]
-    return len({p.format for p in projections}) == 1 and all(map(_is_whole, projections))
+    formats = {p.format for p in projections}
+    return len(formats) == 1 and "wint2t" not in formats and all(map(_is_whole, projections))
 
 
 def stream_linear(stored: StoredLinear, *, is_gated: bool = False) -> TiledWeight:

@@ -18,7 +18,7 @@ from gpu_worker.model.json_keys import Keys
 
 _log = logging.getLogger(__name__)
 
-_FORMATS = ("wint2", "wint4", "wint8")
+_FORMATS = ("wint2", "wint2t", "wint4", "wint8")
 _KNOWN = frozenset(
     (
         "quantization",
@@ -49,16 +49,18 @@ def read_quantization_config(keys: Keys) -> QuantizationConfig:
         return QuantizationConfig()
     _report_unknown(keys, _KNOWN)
     quantization = keys.text("quantization")
-    if quantization == "wint2":
-        return _wint2(keys)
+    if quantization in ("wint2", "wint2t"):
+        return _wint2(keys, quantization)
     if quantization == "mix_quant":
         return _uniform(keys, "moe_quant_type", keys.text("dense_quant_type"))
     if quantization in _FORMATS:
         return _uniform(keys, "quantization", quantization)
-    raise keys.error("quantization", f"is {quantization!r}; supported: wint2, mix_quant, wint4, wint8")
+    raise keys.error(
+        "quantization", f"is {quantization!r}; supported: wint2, wint2t, mix_quant, wint4, wint8"
+    )
 
 
-def _wint2(keys: Keys) -> QuantizationConfig:
+def _wint2(keys: Keys, low_format: str) -> QuantizationConfig:
     """A missing `dense_quant_type` means WINT8, its first name was `dense_quant_config`."""
     moe = keys.section("moe_quant_config")
     low, high = moe.section("moe_w4_quant_config"), moe.section("moe_w2_quant_config")
@@ -68,7 +70,7 @@ def _wint2(keys: Keys) -> QuantizationConfig:
     return QuantizationConfig(
         dense=_format(keys, dense_key, "wint8"),
         experts_low=_format(low, "quant_type", "wint4"),
-        experts_high=_format(high, "quant_type", "wint2"),
+        experts_high=_format(high, "quant_type", low_format),
         wint4_end_layer=low.size("quant_end_layer", 6, minimum=-1),
         group_size=high.size("quant_group_size", 64, minimum=0) or 64,
     )

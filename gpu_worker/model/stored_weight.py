@@ -6,6 +6,7 @@
     wint4     quant_weight int8 [N/2, K], weight_scale [N]
     wint2     quant_weight uint8 [K/4, N], weight_scale uint8 [K/128, N], super_scales [N], code_scale [N],
               code_zp [N]
+    wint2t    quant_weight uint8 [K/4, N], weight_scale uint8 [K/128, N], super_scales [N]
 
 Where K is no multiple of 64 (WINT8, WINT4) or 128 (WINT2) it is padded with zero rows; the padding ends here.
 In a checkpoint cut for tensor parallelism every rank holds such a weight of its part.
@@ -19,7 +20,7 @@ from typing import Literal
 
 import torch
 
-from cuda_kernels.formats import wint2, wint4, wint8
+from cuda_kernels.formats import wint2, wint2t, wint4, wint8
 from cuda_kernels.formats.layout import GROUP_SIZE, ROW_MULTIPLE, KOrder
 from gpu_worker.config import QuantFormat
 from gpu_worker.model.safetensors_file import StoredTensor
@@ -133,6 +134,9 @@ def dequantize(
             tensors["code_zp"],
             k_order=k_order,
         )
+    if quant_format == "wint2t":
+        super_scales = tensors["super_scales"].to(torch.bfloat16)
+        return wint2t.dequantize(tensors["quant_weight"], tensors["weight_scale"], super_scales)
     levels, scale = tensors["quant_weight"].view(torch.int8), tensors["weight_scale"].to(torch.bfloat16)
     if quant_format == "wint4":
         return wint4.dequantize(wint4.unpack(levels), scale)
@@ -144,15 +148,15 @@ def expected_tensors(
 ) -> dict[str, Expected]:
     """A quantized projection's tensors by suffix."""
     columns = (num_outputs,)
-    if quant_format == "wint2":
+    if quant_format in ("wint2", "wint2t"):
         rows = _round_up(num_inputs, ROW_MULTIPLE)
         sizes: dict[str, tuple[tuple[torch.dtype, ...], tuple[int, ...]]] = {
             "quant_weight": ((torch.uint8,), (rows // 4, num_outputs)),
             "weight_scale": ((torch.uint8,), (rows // ROW_MULTIPLE, num_outputs)),
             "super_scales": (FLOATS, columns),
-            "code_scale": ((torch.float32,), columns),
-            "code_zp": ((torch.float32,), columns),
         }
+        if quant_format == "wint2":
+            sizes |= {"code_scale": ((torch.float32,), columns), "code_zp": ((torch.float32,), columns)}
     else:
         packed = num_outputs if quant_format == "wint8" else num_outputs // 2
         sizes = {
@@ -169,6 +173,8 @@ def stored_format(tensors: Mapping[str, StoredTensor], stem: str, num_outputs: i
         return "none"
     if f"{stem}.code_scale" in tensors:
         return "wint2"
+    if f"{stem}.super_scales" in tensors:
+        return "wint2t"
     return "wint8" if packed.shape[:1] == (num_outputs,) else "wint4"
 
 

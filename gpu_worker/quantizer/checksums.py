@@ -32,6 +32,7 @@ def verify(directory: Path, on_file: Callable[[int, int], None] = lambda done, t
             problems.append(f"{name}: missing")
         elif _digest(directory / name) != digest:
             problems.append(f"{name}: does not match its sum")
+    on_file(len(sums), len(sums))
     unsummed = {path.name for path in directory.glob("*.safetensors")} - set(sums)
     return problems + [f"{name}: has no sum" for name in sorted(unsummed)]
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cuda_kernels.formats import wint2, wint4, wint8
+from cuda_kernels.formats import wint2, wint2t, wint4, wint8
 from cuda_kernels.formats.encoder import Effort
 from cuda_kernels.formats.layout import ROW_MULTIPLE, pad_rows
 from gpu_worker.model.checkpoint_writer import QuantizedWeight, plain_tensor, stored_tensors
@@ -39,7 +39,7 @@ class Projection:
 def quantize_projection(
     name: str, weight: Tensor, format: str, effort: Effort, moment: Tensor | None = None
 ) -> Projection:
-    """`weight` f32 [K, N] in `format` ("wint2", "wint4", "wint8" or "none"); `moment` [K, K] is Σ x xᵀ of
+    """`weight` f32 [K, N] in `format`, a weight format's name or "none"; `moment` [K, K] is Σ x xᵀ of
     its inputs."""
     tensors, decoded = _quantize(name, weight, format, effort, moment)
     decoded = decoded[: weight.shape[0]].float()
@@ -71,6 +71,10 @@ def _encode(
         padded = pad_rows(weight, ROW_MULTIPLE)
         found = wint2.quantize(padded, hessian=_pad_moment(moment, padded.shape[0]), effort=effort)
         return found, wint2.dequantize(*found.tensors().values())
+    if format == "wint2t":
+        padded = pad_rows(weight, ROW_MULTIPLE)
+        path = wint2t.quantize(padded, hessian=_pad_moment(moment, padded.shape[0]), effort=effort)
+        return path, wint2t.dequantize(*path.tensors().values())
     padded = pad_rows(weight, _PADDLE_ROWS)
     if format == "wint4":
         low = wint4.quantize(padded)

@@ -14,6 +14,7 @@ COMMANDS = {
     "chat": "talk to a model in the terminal",
     "complete": "complete a prompt",
     "quantize": "make a 2-bit checkpoint of a full-precision one",
+    "inspect": "say what a checkpoint holds: formats, bits, sizes, checksums",
     "eval": "measure a checkpoint's perplexity, and its distance from another",
     "doctor": "look at this machine, and at a checkpoint, and say what would go wrong",
     "probe": "ask a service whether it is healthy",
