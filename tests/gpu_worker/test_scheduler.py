@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -173,3 +173,33 @@ def test_the_last_in_order_is_preempted_and_goes_on_later():
 @pytest.mark.parametrize("num_tokens", [1, 4, 5])
 def test_blocks_for(num_tokens):
     assert BlockManager(2, 4).blocks_for(num_tokens) == (num_tokens + 3) // 4
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    arrivals=st.lists(
+        st.tuples(st.floats(0, 20), st.integers(1, 20), st.integers(1, 8)), min_size=2, max_size=14
+    ),
+    num_blocks=st.integers(MAX_LEN // BLOCK_SIZE, 14),
+    max_num_seqs=st.integers(1, 3),
+)
+def test_nobody_is_overtaken_by_one_who_is_later_in_order(arrivals, num_blocks, max_num_seqs):
+    """So only those who come within the time that a priority is worth can go before: nobody starves."""
+    bench = Bench(num_blocks=num_blocks, max_num_seqs=max_num_seqs)
+    left = sorted(arrivals)
+    step = 0
+    while left or bench.live:
+        while left and left[0][0] <= step:
+            arrival, prompt_len, max_tokens = left.pop(0)
+            # Some bring a priority: their order is not that of their coming.
+            bench.add([2] * prompt_len, max_tokens, arrival=arrival - 5.0 * (prompt_len % 3))
+        if bench.live:
+            was_waiting = [sequence for sequence in bench.live if sequence.row is None]
+            bench.step()
+            begun = [
+                sequence for sequence in was_waiting if sequence.row is not None or sequence not in bench.live
+            ]
+            still = [sequence for sequence in was_waiting if sequence not in begun]
+            assert all(one.order < other.order for one in begun for other in still)
+        step += 1
+        assert step < 2000
