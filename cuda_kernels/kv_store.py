@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from cuda_kernels.build import Variant
+from cuda_kernels.compiled import cpu, has_compiled
 from cuda_kernels.launch import Argument, Device, cuda_device
 
 _VECTOR_BYTES, _THREADS = 16, 256  # as in csrc/kv_store.cu
@@ -26,6 +27,10 @@ def kv_store(
     if key_TGC.is_cuda:
         device = cuda_device(key_TGC.device.index)
         launch_kv_store(device, key_TGC, value_TGC, key_cache_BPGC, value_cache_BPGC, slot_mapping_T)
+        return
+    if has_compiled(key_TGC) and key_cache_BPGC.dtype == torch.float32:
+        cpu.kv_store(key_TGC, key_cache_BPGC, slot_mapping_T)
+        cpu.kv_store(value_TGC, value_cache_BPGC, slot_mapping_T)
         return
     is_real_T = slot_mapping_T >= 0
     if not bool(is_real_T.all()):

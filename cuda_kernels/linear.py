@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from cuda_kernels.compiled import cpu
+from cuda_kernels.cpu.panels import PanelWeight
 from cuda_kernels.tiled import TiledWeight
 from cuda_kernels.tiled_linear import tiled_linear
 
@@ -44,7 +46,7 @@ def pack_dense(weight_NK: torch.Tensor) -> DenseWeight:
     return DenseWeight(data, weight_NK.shape[0], weight_NK.shape[1], weight_NK.dtype, is_packed)
 
 
-def linear(x_TK: torch.Tensor, weight: DenseWeight | TiledWeight) -> torch.Tensor:
+def linear(x_TK: torch.Tensor, weight: DenseWeight | TiledWeight | PanelWeight) -> torch.Tensor:
     """x [T, K] times a weight [N, K], transposed: [T, N] in x's dtype; of a gated one SwiGLU, [T, N/2].
 
     On a CPU in float32 a row's result has the same bits whatever the other rows are.
@@ -53,6 +55,8 @@ def linear(x_TK: torch.Tensor, weight: DenseWeight | TiledWeight) -> torch.Tenso
         raise ValueError(f"linear: x has {x_TK.shape[-1]} features, the weight takes {weight.num_inputs}")
     if isinstance(weight, TiledWeight):
         return tiled_linear(x_TK, weight)
+    if isinstance(weight, PanelWeight):
+        return cpu.linear(x_TK, weight)
     if x_TK.is_cuda:
         return F.linear(x_TK, weight.data)
     return _linear_cpu(x_TK, weight)

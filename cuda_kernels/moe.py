@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from cuda_kernels.compiled import cpu
+from cuda_kernels.cpu.panels import PanelExperts
 from cuda_kernels.linear import DenseWeight, linear, pack_dense
 from cuda_kernels.moe_wint2 import moe_wint2
 from cuda_kernels.packing import PackedWint2
@@ -69,12 +71,14 @@ def moe_ffn(
     hidden_TD: torch.Tensor,
     expert_ids_TA: torch.Tensor,
     expert_weights_TA: torch.Tensor,
-    experts: ExpertWeights | StreamedExperts,
+    experts: ExpertWeights | StreamedExperts | PanelExperts,
 ) -> torch.Tensor:
     """The weighted sum of each token's experts: [T, D] in the hidden state's dtype.
 
     `expert_ids_TA` int32, a row without repetitions; `expert_weights_TA` float32.
     """
+    if isinstance(experts, PanelExperts):
+        return cpu.experts(hidden_TD, experts, expert_ids_TA, expert_weights_TA)
     if isinstance(experts, StreamedExperts):
         return _moe_ffn_streamed(hidden_TD, expert_ids_TA, expert_weights_TA, experts)
     if experts.is_merged:
@@ -82,6 +86,11 @@ def moe_ffn(
     if hidden_TD.is_cuda:
         return _moe_ffn_everywhere(hidden_TD, expert_ids_TA, expert_weights_TA, experts)
     return _moe_ffn_by_expert(hidden_TD, expert_ids_TA, expert_weights_TA, experts)
+
+
+def swiglu_ffn(hidden_TD: torch.Tensor, network: PanelExperts) -> torch.Tensor:
+    """down(silu(gate(x)) · up(x)) of the one network there is: [T, D]."""
+    return cpu.experts(hidden_TD, network)
 
 
 def silu_and_mul(up_gate_TF: torch.Tensor) -> torch.Tensor:

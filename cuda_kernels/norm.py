@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from cuda_kernels.build import Variant
+from cuda_kernels.compiled import cpu, has_compiled
 from cuda_kernels.launch import Device, check, cuda_device
 
 _VECTOR, _MAX_THREADS, _MAX_VECTORS = 8, 1024, 2  # as in csrc/norm.cu
@@ -17,6 +18,8 @@ def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Te
     """x / sqrt(mean(x²) + eps) in float32, cast to x's dtype, times weight: [T, D]."""
     if _has_kernel(x_TD):
         return launch_rms_norm(cuda_device(x_TD.device.index), x_TD, None, weight_D, eps)[0]
+    if has_compiled(x_TD):
+        return cpu.rms_norm(x_TD, weight_D, eps)
     x_f32 = x_TD.float()
     variance_T1 = x_f32.square().mean(-1, keepdim=True)
     return (x_f32 * torch.rsqrt(variance_T1 + eps)).to(x_TD.dtype) * weight_D
@@ -28,6 +31,8 @@ def add_rms_norm(
     """residual + x, and its RMS norm: (normed [T, D], residual [T, D])."""
     if _has_kernel(x_TD):
         return launch_rms_norm(cuda_device(x_TD.device.index), x_TD, residual_TD, weight_D, eps)
+    if has_compiled(x_TD):
+        return cpu.add_rms_norm(x_TD, residual_TD, weight_D, eps)
     residual_TD = residual_TD + x_TD
     return rms_norm(residual_TD, weight_D, eps), residual_TD
 

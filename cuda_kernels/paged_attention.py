@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from cuda_kernels.attention_kernels import Step, attention_by_token, has_kernel, launch_attention
+from cuda_kernels.compiled import cpu
 from cuda_kernels.launch import cuda_device
 
 # MKL gives a row of a product the same bits beside any other rows if their number is a multiple of four.
@@ -47,6 +48,11 @@ class AttentionPlan:
     """What a step's attention visits, the same in every layer."""
 
     parts: tuple[_Part, ...]
+
+
+def is_compiled(head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether compiled code attends on a CPU, which needs no plan."""
+    return cpu is not None and head_dim % 64 == 0 and dtype == torch.float32
 
 
 def plan_attention(
@@ -87,6 +93,9 @@ def paged_attention(
         if not has_kernel(query_THC, step):
             return attention_by_token(query_THC, step, scale)
         return launch_attention(cuda_device(query_THC.device.index), query_THC, step, max_query_len, scale)
+    if is_compiled(query_THC.shape[-1], query_THC.dtype) and key_cache_BPGC.dtype == torch.float32:
+        caches = key_cache_BPGC, value_cache_BPGC
+        return cpu.attention(query_THC, *caches, block_tables_SM, cu_seqlens_q, context_lens_S, scale)
     plan = plan or plan_attention(
         block_tables_SM,
         cu_seqlens_q,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from cuda_kernels.build import Variant
+from cuda_kernels.compiled import cpu, has_compiled
 from cuda_kernels.launch import Argument, Device, cuda_device
 
 _VECTOR, _THREADS = 8, 256  # as in csrc/rope.cu
@@ -37,6 +38,10 @@ def rope(
     """
     if query_THC.is_cuda and query_THC.dtype == torch.bfloat16 and query_THC.shape[-1] % _VECTOR == 0:
         launch_rope(cuda_device(query_THC.device.index), query_THC, key_TGC, positions_T, cos_sin_PC)
+        return query_THC, key_TGC
+    if has_compiled(query_THC):
+        for heads in (query_THC, key_TGC):
+            cpu.rope(heads, positions_T, cos_sin_PC)
         return query_THC, key_TGC
     cos, sin = cos_sin_PC[positions_T].unsqueeze(1).chunk(2, dim=-1)
     # Products and sums apart, where a complex product would fuse them for some layouts only and change bits.

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from cuda_kernels.build import Variant
+from cuda_kernels.compiled import cpu
 from cuda_kernels.launch import Argument, Device, check, cuda_device
 
 _WARPS = 4  # as in csrc/route.cu
@@ -25,6 +26,8 @@ def route(
     if logits_TE.is_cuda:
         device = cuda_device(logits_TE.device.index)
         return launch_route(device, logits_TE, correction_bias_E, num_experts_per_token, norm_min)
+    if cpu is not None and logits_TE.dtype == torch.float32:
+        return cpu.route(logits_TE, correction_bias_E, num_experts_per_token, norm_min)
     probabilities_TE = torch.softmax(logits_TE.float(), dim=-1)
     scores_TE = probabilities_TE + correction_bias_E
     ids_TE = torch.argsort(scores_TE, dim=-1, descending=True, stable=True)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from cuda_kernels.cpu.panels import PanelExperts, PanelWeight
 from cuda_kernels.linear import DenseWeight, linear
-from cuda_kernels.moe import silu_and_mul
+from cuda_kernels.moe import silu_and_mul, swiglu_ffn
 from cuda_kernels.tiled import TiledWeight
 
 
@@ -18,7 +19,7 @@ from cuda_kernels.tiled import TiledWeight
 class Linear:
     """y = x · Wᵀ, no bias."""
 
-    weight: DenseWeight | TiledWeight
+    weight: DenseWeight | TiledWeight | PanelWeight
 
     def __call__(self, x_TK: torch.Tensor) -> torch.Tensor:
         return linear(x_TK, self.weight)
@@ -47,3 +48,17 @@ class SwiGLU:
     @property
     def nbytes(self) -> int:
         return self.up_gate.nbytes + self.down.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class PanelSwiGLU:
+    """The same network over weight panels, in one call."""
+
+    network: PanelExperts
+
+    def __call__(self, hidden_TD: torch.Tensor) -> torch.Tensor:
+        return swiglu_ffn(hidden_TD, self.network)
+
+    @property
+    def nbytes(self) -> int:
+        return self.network.nbytes

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
+from cuda_kernels.cpu.panels import PanelExperts
 from cuda_kernels.moe import ExpertWeights, StreamedExperts, moe_ffn
 from cuda_kernels.routing import route
-from gpu_worker.layers.linear import Linear, SwiGLU
+from gpu_worker.layers.linear import Linear, PanelSwiGLU, SwiGLU
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +34,8 @@ class MoE:
     """sum of weight_e · expert_e(x) over the chosen experts, plus shared(x)."""
 
     router: Router
-    experts: ExpertWeights | StreamedExperts
-    shared: SwiGLU | None
+    experts: ExpertWeights | StreamedExperts | PanelExperts
+    shared: SwiGLU | PanelSwiGLU | None
 
     def __call__(self, hidden_TD: torch.Tensor) -> torch.Tensor:
         expert_ids_TA, expert_weights_TA = self.router(hidden_TD)

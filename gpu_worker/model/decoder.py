@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from cuda_kernels.paged_attention import plan_attention
+from cuda_kernels.paged_attention import is_compiled, plan_attention
 from gpu_worker.config import ModelConfig
 from gpu_worker.layers.attention import Attention
 from gpu_worker.layers.batch import Batch
 from gpu_worker.layers.kv_cache import KVCache
-from gpu_worker.layers.linear import Linear, SwiGLU
+from gpu_worker.layers.linear import Linear, PanelSwiGLU, SwiGLU
 from gpu_worker.layers.moe import MoE
 from gpu_worker.layers.norm import RMSNorm
 
@@ -28,7 +28,7 @@ class DecoderLayer:
     input_norm: RMSNorm
     attention: Attention
     post_attention_norm: RMSNorm
-    mlp: SwiGLU | MoE
+    mlp: SwiGLU | PanelSwiGLU | MoE
 
     def __call__(
         self,
@@ -63,11 +63,16 @@ class Decoder:
     lm_head: Linear
     memory: MemoryReport
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden state."""
+        return self.final_norm.weight_D.dtype
+
     @torch.inference_mode()
     def forward(self, batch: Batch, kv_cache: KVCache) -> torch.Tensor:
         """The final hidden state of every token of the step, [T, D]; stores its keys and values."""
         batch = self._with_attention_plan(batch, kv_cache.block_size)
-        hidden_TD = F.embedding(batch.input_ids_T, self.embedding_VD)
+        hidden_TD = F.embedding(batch.input_ids_T, self.embedding_VD).to(self.dtype)
         residual_TD: torch.Tensor | None = None
         for layer, kv in zip(self.layers, kv_cache.layers, strict=True):
             hidden_TD, residual_TD = layer(hidden_TD, residual_TD, batch, kv)
@@ -76,6 +81,8 @@ class Decoder:
 
     def _with_attention_plan(self, batch: Batch, block_size: int) -> Batch:
         config = self.config
+        if is_compiled(config.head_dim, self.dtype):
+            return batch
         plan = plan_attention(
             batch.block_tables_SM,
             batch.cu_seqlens_q,

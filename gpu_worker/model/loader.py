@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
 
+from cuda_kernels.cpu.panels import PanelExperts
 from cuda_kernels.formats.layout import KOrder
 from cuda_kernels.linear import pack_dense
 from cuda_kernels.moe import ExpertWeights, StreamedExperts, pack_experts
 from cuda_kernels.rope import cos_sin_table
 from gpu_worker.config import ModelConfig
 from gpu_worker.layers.attention import Attention
-from gpu_worker.layers.linear import Linear, SwiGLU
+from gpu_worker.layers.linear import Linear, PanelSwiGLU, SwiGLU
 from gpu_worker.layers.moe import MoE, Router
 from gpu_worker.layers.norm import RMSNorm
 from gpu_worker.model.checkpoint import open_checkpoint
+from gpu_worker.model.cpu_weights import has_panels, panel_dense, panel_experts, panel_linear
 from gpu_worker.model.decoder import Decoder, DecoderLayer, MemoryReport
 from gpu_worker.model.dummy import plan_dummy
 from gpu_worker.model.gpu_weights import can_stream, can_stream_experts, stream_experts, stream_linear
@@ -85,6 +87,7 @@ class _Loader:
         self._total_bytes, self._progress = total_bytes, progress
         # Kernels for weights in their stored formats compute in bfloat16.
         self._streams = device.type == "cuda" and dtype == torch.bfloat16
+        self._has_panels = has_panels(device, dtype)
         self._stored: Counter[str] = Counter()
         self._held: Counter[str] = Counter()
 
@@ -96,7 +99,7 @@ class _Loader:
             config.rope_theta,
             compression_ratio=config.compression_ratio,
         ).to(self._device)
-        embedding_VD = self._tensor(plan.embedding)
+        embedding_VD = self._embedding(plan.embedding)
         return Decoder(
             config,
             embedding_VD,
@@ -131,10 +134,12 @@ class _Loader:
         shared = self._mlp(plan.shared) if plan.shared else None
         return MoE(router, self._experts(plan), shared)
 
-    def _experts(self, plan: MoEPlan) -> ExpertWeights | StreamedExperts:
+    def _experts(self, plan: MoEPlan) -> ExpertWeights | StreamedExperts | PanelExperts:
         """Expert by expert, so that the decoded weights of one layer at most exist beside the packed ones."""
-        experts: ExpertWeights | StreamedExperts
-        if self._streams and can_stream_experts(plan.experts):
+        experts: ExpertWeights | StreamedExperts | PanelExperts
+        if self._has_panels:
+            experts = self._panels(plan.experts)
+        elif self._streams and can_stream_experts(plan.experts):
             experts = stream_experts(plan.experts, self._k_order, self._count)
         else:
             experts = pack_experts(self._decoded(plan), len(plan.experts), self._config.num_experts_per_token)
@@ -145,7 +150,18 @@ class _Loader:
         for expert in plan.experts:
             yield self._dense(expert.up_gate), self._dense(expert.down)
 
-    def _mlp(self, plan: MLPPlan) -> SwiGLU:
+    def _panels(self, experts: Sequence[MLPPlan]) -> PanelExperts:
+        panels = panel_experts(experts, self._k_order)
+        for expert in experts:
+            self._count(expert.up_gate)
+            self._count(expert.down)
+        return panels
+
+    def _mlp(self, plan: MLPPlan) -> SwiGLU | PanelSwiGLU:
+        if self._has_panels:
+            network = self._panels([plan])
+            self._held[plan.down.kind] += network.nbytes
+            return PanelSwiGLU(network)
         return SwiGLU(self._linear(plan.up_gate, is_gated=True), self._linear(plan.down))
 
     def _norm(self, stored: StoredVector) -> RMSNorm:
@@ -159,6 +175,10 @@ class _Loader:
     def _head(self, stored: StoredLinear | None, embedding_VD: torch.Tensor) -> Linear:
         if stored is not None:
             return self._linear(stored)
+        if self._has_panels:
+            head = Linear(panel_dense(embedding_VD))
+            self._held["head"] += head.nbytes
+            return head
         weight = pack_dense(embedding_VD)
         if weight.is_packed:
             self._held["head"] += weight.nbytes
@@ -167,13 +187,21 @@ class _Loader:
     def _linear(
         self, stored: StoredLinear, dtype: torch.dtype | None = None, *, is_gated: bool = False
     ) -> Linear:
-        if self._streams and can_stream(stored):
+        if self._has_panels:
+            linear = Linear(panel_linear(stored, self._k_order))
+            self._count(stored)
+        elif self._streams and can_stream(stored):
             linear = Linear(stream_linear(stored, is_gated=is_gated))
             self._count(stored)
         else:
             linear = Linear(pack_dense(self._dense(stored, dtype)))
         self._held[stored.kind] += linear.nbytes
         return linear
+
+    def _embedding(self, stored: StoredVector) -> torch.Tensor:
+        """As stored where the head's kernel takes it so: a row is brought to float32 when it is looked up."""
+        keeps = self._has_panels and stored.ranks[0].dtype == torch.bfloat16
+        return self._tensor(stored, torch.bfloat16 if keeps else None)
 
     def _dense(self, stored: StoredLinear, dtype: torch.dtype | None = None) -> torch.Tensor:
         weight_NK = stored.dense(self._k_order).to(self._device, dtype or self._dtype)

@@ -86,7 +86,10 @@ def test_a_checkpoint_cut_into_ranks_loads_whole(tmp_path, num_ranks, quantized)
     meant = make_rank_folders(tmp_path / "ranks", num_ranks, quantized=quantized, **WIDE)
     whole = make_tiny_model(tmp_path / "whole", quantized=False, **WIDE)
     save_hf(meant, whole / "model.safetensors")
-    torch.testing.assert_close(logits(load(tmp_path / "ranks")), logits(load(whole)), rtol=1e-5, atol=1e-5)
+    # Ranks have scales of their own: their weights are decoded, and rounded to bfloat16.
+    tolerance = 2e-2 if quantized else 1e-5
+    ours, theirs = logits(load(tmp_path / "ranks")), logits(load(whole))
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
 
 
 def test_a_missing_rank_folder_is_named(tmp_path):

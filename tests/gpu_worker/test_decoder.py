@@ -115,7 +115,7 @@ def test_logits_have_the_same_bits_in_any_batch_and_any_chunking(decoder, lens, 
 
 def test_memory_counts_what_is_stored_and_what_is_held(decoder):
     stored, held = decoder.memory.stored_bytes, decoder.memory.device_bytes
-    # 2 MoE layers of 4 experts, three matrices of 64 x 64, decoded to float32.
-    assert held["experts"] == 2 * 4 * 3 * 64 * 64 * 4
-    assert stored["experts"] * 6 < held["experts"]
-    assert held["embedding"] == CONFIG["vocab_size"] * 64 * 4
+    # 2 MoE layers of 4 experts, three matrices of 64 x 64, held as they are stored: no dense copy.
+    assert held["experts"] < 2 * 4 * 3 * 64 * 64
+    assert held["experts"] < 1.1 * stored["experts"]
+    assert held["embedding"] == stored["embedding"] == CONFIG["vocab_size"] * 64 * 2

@@ -1,0 +1,17 @@
+"""Where the ops find their compiled CPU half: `cpu` is None without Numba, and plain torch computes."""
+
+from __future__ import annotations
+
+import torch
+
+try:
+    from cuda_kernels.cpu import ops
+except ImportError:
+    ops = None  # type: ignore[assignment]
+
+cpu = ops
+
+
+def has_compiled(x: torch.Tensor) -> bool:
+    """Whether the compiled row operations take this tensor: on a CPU, float32, rows of whole vectors."""
+    return cpu is not None and cpu.fits(x)

@@ -1,0 +1,199 @@
+"""Compiled attention over the paged KV cache, 64 keys at a time with a running softmax.
+
+An item is a run of query tokens of one sequence and one KV head: rows are its tokens times the query heads of
+that KV head. For every 64 keys, in the order of their positions:
+
+    scores = queries · keysᵀ        a panel product over the keys, transposed into a panel of 64 columns
+    weights, rescaled sums          elementwise.soften_row, causal mask included
+    out   += weights · values       a panel product over the values where they lie in the cache
+
+A row's chain of operations depends on its own position only: it has the same bits in any batch and chunking.
+"""
+
+from __future__ import annotations
+
+import numba
+import numpy as np
+from numba import prange
+from numba.np.numpy_support import carray
+
+from cuda_kernels.cpu.arrays import Floats, Ints, SmallInts
+from cuda_kernels.cpu.elementwise import clear_row, divide_row, soften_row, transpose
+from cuda_kernels.cpu.kernels import multiply
+from cuda_kernels.cpu.linear import PANEL_BYTES, take
+from cuda_kernels.cpu.vector import LANES, pointer
+
+_TILE_TOKENS = 16
+_TILE_KEYS = 64
+# Rows of the table of addresses.
+_QUERY, _OUT, _SCORES, _KEYS = range(4)
+
+
+@numba.njit(nogil=True, cache=True)
+def _keys_to_panel(rows: Ints, num_keys: int, head_bytes: int, panel: int) -> None:
+    """Key rows to columns of a panel; columns past `num_keys` repeat the last key."""
+    lanes = np.empty(LANES, np.int64)
+    for block in range(0, _TILE_KEYS, LANES):
+        for lane in range(LANES):
+            lanes[lane] = rows[min(block + lane, num_keys - 1)]
+        for at in range(0, head_bytes, 4 * LANES):
+            transpose(lanes.ctypes.data, at, panel + at // 4 * PANEL_BYTES + block * 4)
+
+
+@numba.njit(nogil=True, cache=True)
+def _find_keys(
+    rows: Ints, first: int, count: int, keys: int, slot_bytes: int, blocks: SmallInts, block_size: int
+) -> None:
+    for key in range(count):
+        position = first + key
+        slot = np.int64(blocks[position // block_size]) * block_size + position % block_size
+        rows[key] = keys + slot * slot_bytes
+
+
+@numba.njit(nogil=True, cache=True)
+def _advance(addresses: Ints, count: int, num_bytes: int) -> None:
+    for index in range(count):
+        addresses[index] += num_bytes
+
+
+@numba.njit(nogil=True, cache=True)
+def _add_values(kernel: int, rows: Ints, num_rows: int, head_bytes: int, num_keys: int) -> None:
+    """out += weights · values, 64 features at a time; the rows' addresses of `out` and values move along."""
+    for column in range(0, head_bytes, PANEL_BYTES):
+        if column:
+            _advance(rows[_KEYS], num_keys, PANEL_BYTES)
+            _advance(rows[_OUT], num_rows, PANEL_BYTES)
+        weights, out = rows[_SCORES].ctypes.data, rows[_OUT].ctypes.data
+        multiply(kernel, weights, out, num_rows, rows[_KEYS].ctypes.data, 0, num_keys, 1)
+    _advance(rows[_OUT], num_rows, PANEL_BYTES - head_bytes)
+
+
+@numba.njit(nogil=True, cache=True)
+def _attend(
+    kernels: tuple[int, int],
+    rows: Ints,
+    states: Floats,
+    panel: Floats,
+    num_rows: int,
+    group: int,
+    span: tuple[int, int],
+    cache: tuple[int, int, int, int],
+    blocks: SmallInts,
+    head_bytes: int,
+    scale: int,
+) -> None:
+    """One item: `group` rows a token; `span` the position of its first token, and the keys up to its last."""
+    first_position, num_keys = span
+    keys, values, slot_bytes, block_size = cache
+    width = head_bytes // 4
+    for row in range(num_rows):
+        clear_row(rows[_OUT, row], width)
+        states[row, 0], states[row, 1] = -np.inf, 0.0
+    for first in range(0, num_keys, _TILE_KEYS):
+        count = min(_TILE_KEYS, num_keys - first)
+        _find_keys(rows[_KEYS], first, count, keys, slot_bytes, blocks, block_size)
+        _keys_to_panel(rows[_KEYS], count, head_bytes, panel.ctypes.data)
+        query, scores = rows[_QUERY].ctypes.data, rows[_SCORES].ctypes.data
+        multiply(kernels[0], query, scores, num_rows, panel.ctypes.data, 0, width, 0)
+        for row in range(num_rows):
+            seen = first_position + row // group + 1 - first
+            soften_row(rows[_SCORES, row], seen, scale, states[row].ctypes.data, rows[_OUT, row], width)
+        _advance(rows[_KEYS], count, values - keys)
+        _add_values(kernels[1], rows, num_rows, head_bytes, count)
+    for row in range(num_rows):
+        divide_row(rows[_OUT, row], states[row].ctypes.data + 4, width)
+
+
+@numba.njit(nogil=True, cache=True)
+def _share(
+    counter: int,
+    kernels: tuple[int, int],
+    tiles: Ints,
+    query: tuple[int, int],
+    out: tuple[int, int],
+    cache: tuple[int, int, int],
+    heads: tuple[int, int, int],
+    block_tables: SmallInts,
+    cu_seqlens: SmallInts,
+    context_lens: SmallInts,
+    scale: int,
+) -> None:
+    keys, values, block_size = cache
+    num_heads, num_kv_heads, head_bytes = heads
+    group = num_heads // num_kv_heads
+    max_rows = _TILE_TOKENS * group
+    rows = np.empty((4, max(max_rows, _TILE_KEYS)), np.int64)
+    scores, states = np.empty((max_rows, _TILE_KEYS), np.float32), np.empty((max_rows, 2), np.float32)
+    panel = np.empty(head_bytes // 4 * _TILE_KEYS, np.float32)
+    item = take(counter)
+    while item < len(tiles) * num_kv_heads:
+        # The last tiles of a prompt see the most keys: they come first.
+        tile, head = len(tiles) - 1 - item // num_kv_heads, item % num_kv_heads
+        sequence, first = tiles[tile, 0], tiles[tile, 1]
+        end = min(first + _TILE_TOKENS, cu_seqlens[sequence + 1])
+        position = context_lens[sequence] - cu_seqlens[sequence + 1] + first
+        for row in range((end - first) * group):
+            token, at = first + row // group, (head * group + row % group) * head_bytes
+            rows[_QUERY, row], rows[_OUT, row] = (
+                query[0] + token * query[1] + at,
+                out[0] + token * out[1] + at,
+            )
+            rows[_SCORES, row] = scores[row].ctypes.data
+        at = head * head_bytes
+        head_cache = keys + at, values + at, num_kv_heads * head_bytes, block_size
+        span = position, position + end - first
+        num_rows, blocks = (end - first) * group, block_tables[sequence]
+        _attend(kernels, rows, states, panel, num_rows, group, span, head_cache, blocks, head_bytes, scale)
+        item = take(counter)
+
+
+@numba.njit(nogil=True, cache=True)
+def _tiles(cu_seqlens: SmallInts) -> Ints:
+    """(sequence, first row) of every run of query tokens."""
+    num_tiles = 0
+    for s in range(len(cu_seqlens) - 1):
+        num_tiles += (cu_seqlens[s + 1] - cu_seqlens[s] + _TILE_TOKENS - 1) // _TILE_TOKENS
+    tiles = np.empty((num_tiles, 2), np.int64)
+    index = 0
+    for s in range(len(cu_seqlens) - 1):
+        for first in range(cu_seqlens[s], cu_seqlens[s + 1], _TILE_TOKENS):
+            tiles[index, 0], tiles[index, 1] = s, first
+            index += 1
+    return tiles
+
+
+@numba.njit(nogil=True, parallel=True, cache=True)
+def attention(
+    num_threads: int,
+    kernels: tuple[int, int],
+    query: tuple[int, int],
+    out: tuple[int, int],
+    cache: tuple[int, int, int],
+    heads: tuple[int, int, int],
+    step: tuple[int, int, int, int, int],
+    scale: float,
+) -> None:
+    """`kernels`: for panels and for rows anywhere; `query`, `out`: address, bytes from token to token.
+
+    `cache`: keys, values, slots of a block; `heads`: query heads, KV heads, bytes of one; `step`: sequences,
+    block tables, blocks of a row, cu_seqlens, context_lens.
+    """
+    num_sequences, tables_at, table_width, cu_seqlens_at, context_lens_at = step
+    block_tables = carray(pointer(tables_at), (num_sequences, table_width), np.int32)
+    cu_seqlens = carray(pointer(cu_seqlens_at), (num_sequences + 1,), np.int32)
+    context_lens = carray(pointer(context_lens_at), (num_sequences,), np.int32)
+    factor, counter, tiles = np.array([scale], np.float32), np.zeros(1, np.int64), _tiles(cu_seqlens)
+    for _ in prange(num_threads):
+        _share(
+            counter.ctypes.data,
+            kernels,
+            tiles,
+            query,
+            out,
+            cache,
+            heads,
+            block_tables,
+            cu_seqlens,
+            context_lens,
+            factor.ctypes.data,
+        )

@@ -1,0 +1,163 @@
+"""The compiled CPU half of the ops: tensors to addresses, and out again. float32, contiguous but where said.
+
+Shapes: T tokens, K inputs, N outputs, D hidden, E experts, A activated experts per token, H query heads, G KV
+heads, C head dim, B blocks, P slots in a block, S sequences, M blocks of the longest.
+"""
+
+from __future__ import annotations
+
+import numba
+import torch
+
+from cuda_kernels.cpu import attention as compiled_attention
+from cuda_kernels.cpu import experts as compiled_experts
+from cuda_kernels.cpu import linear as compiled_linear
+from cuda_kernels.cpu import rows
+from cuda_kernels.cpu.kernels import address_of
+from cuda_kernels.cpu.panels import PANEL, PanelExperts, PanelWeight
+from cuda_kernels.cpu.vector import LANES
+
+_MAX_THREADS = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+
+
+def num_threads() -> int:
+    """As many as torch takes, of those that Numba has; Numba is told, a thread of Python at a time."""
+    wanted = min(torch.get_num_threads(), _MAX_THREADS)
+    if numba.get_num_threads() != wanted:
+        numba.set_num_threads(wanted)
+    return wanted
+
+
+def fits(x: torch.Tensor) -> bool:
+    """Whether the row operations take it: rows of whole vectors, the heads of a token side by side."""
+    is_dense = x.stride(-1) == 1 and (x.ndim < 3 or x.stride(1) == x.shape[2])
+    return x.dtype == torch.float32 and not x.is_cuda and is_dense and x.shape[-1] % LANES == 0
+
+
+def linear(x_TK: torch.Tensor, weight: PanelWeight) -> torch.Tensor:
+    """x times the weight: [T, N]."""
+    x_TK = x_TK if x_TK.stride(-1) == 1 else x_TK.contiguous()
+    num_rows, num_outputs = x_TK.shape[0], weight.num_outputs
+    y_TN = torch.empty((num_rows, weight.num_panels * PANEL))
+    panels, scale = weight.addresses
+    compiled_linear.linear(
+        num_threads(),
+        address_of(weight.format),
+        (x_TK.data_ptr(), 4 * x_TK.stride(0)),
+        (y_TN.data_ptr(), 4 * y_TN.shape[1]),
+        num_rows,
+        (panels, weight.panel_bytes, weight.num_panels),
+        scale,
+        weight.num_k,
+    )
+    return y_TN if y_TN.shape[1] == num_outputs else y_TN[:, :num_outputs].contiguous()
+
+
+def experts(
+    hidden_TD: torch.Tensor,
+    weights: PanelExperts,
+    expert_ids_TA: torch.Tensor | None = None,
+    expert_weights_TA: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The weighted sum of each token's experts, or the one network that there is: [T, D]."""
+    hidden_TD = hidden_TD.contiguous()
+    up, down = weights.experts[0].up, weights.experts[0].down
+    num_tokens, width = hidden_TD.shape
+    y_TD = torch.empty((num_tokens, down.num_panels * PANEL))
+    num_activated = 1 if expert_ids_TA is None else expert_ids_TA.shape[1]
+    ids = 0 if expert_ids_TA is None else expert_ids_TA.data_ptr()
+    factors = 0 if expert_weights_TA is None else expert_weights_TA.data_ptr()
+    order = weights.input_order
+    tables = weights.table.data_ptr(), len(weights.table), order.data_ptr(), len(order)
+    compiled_experts.experts(
+        num_threads(),
+        (address_of(up.format), address_of(down.format)),
+        (*tables, weights.slots.data_ptr()),
+        (up.num_k, up.panel_bytes, up.num_panels),
+        (down.num_k, down.panel_bytes, down.num_panels),
+        (hidden_TD.data_ptr(), num_tokens, width),
+        (ids, factors, num_activated),
+        y_TD.data_ptr(),
+    )
+    return y_TD if y_TD.shape[1] == down.num_outputs else y_TD[:, : down.num_outputs].contiguous()
+
+
+def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
+    x_TD = x_TD.contiguous()
+    out_TD = torch.empty_like(x_TD)
+    rows.add_rms_norm(x_TD.data_ptr(), 0, 0, weight_D.data_ptr(), eps, out_TD.data_ptr(), *_rows(x_TD))
+    return out_TD
+
+
+def add_rms_norm(
+    x_TD: torch.Tensor, residual_TD: torch.Tensor, weight_D: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(normed, residual + x)."""
+    x_TD, residual_TD = x_TD.contiguous(), residual_TD.contiguous()
+    out_TD, sum_TD = torch.empty_like(x_TD), torch.empty_like(x_TD)
+    sums = x_TD.data_ptr(), residual_TD.data_ptr(), sum_TD.data_ptr()
+    rows.add_rms_norm(*sums, weight_D.data_ptr(), eps, out_TD.data_ptr(), *_rows(x_TD))
+    return out_TD, sum_TD
+
+
+def _rows(x: torch.Tensor) -> tuple[int, int]:
+    """How many rows, how wide."""
+    width = x.shape[-1]
+    return x.numel() // width, width
+
+
+def rope(x_THC: torch.Tensor, positions_T: torch.Tensor, cos_sin_PC: torch.Tensor) -> None:
+    """In place; the heads of a token lie side by side, tokens at any distance."""
+    num_tokens, num_heads, head_dim = x_THC.shape
+    heads = x_THC.data_ptr(), 4 * x_THC.stride(0), num_heads, 4 * head_dim
+    rows.rope(*heads, positions_T.data_ptr(), num_tokens, cos_sin_PC.data_ptr())
+
+
+def kv_store(rows_TGC: torch.Tensor, cache_BPGC: torch.Tensor, slot_mapping_T: torch.Tensor) -> None:
+    """The heads of a token lie side by side, tokens at any distance."""
+    source, target = (
+        (rows_TGC.data_ptr(), 4 * rows_TGC.stride(0)),
+        (cache_BPGC.data_ptr(), 4 * cache_BPGC.stride(1)),
+    )
+    rows.kv_store(*source, *target, slot_mapping_T.data_ptr(), len(slot_mapping_T))
+
+
+def route(
+    logits_TE: torch.Tensor, correction_bias_E: torch.Tensor, num_activated: int, norm_min: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(ids [T, A] int32, weights [T, A])."""
+    logits_TE = logits_TE.contiguous()
+    num_tokens, num_experts = logits_TE.shape
+    ids_TA = torch.empty((num_tokens, num_activated), dtype=torch.int32)
+    weights_TA = torch.empty((num_tokens, num_activated))
+    logits = logits_TE.data_ptr(), num_tokens, num_experts
+    results = ids_TA.data_ptr(), weights_TA.data_ptr()
+    rows.route(logits, correction_bias_E.data_ptr(), norm_min, *results, num_activated)
+    return ids_TA, weights_TA
+
+
+def attention(
+    query_THC: torch.Tensor,
+    key_cache_BPGC: torch.Tensor,
+    value_cache_BPGC: torch.Tensor,
+    block_tables_SM: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    context_lens_S: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """[T, H, C]; C is a multiple of 64, the heads of a token lie side by side, tokens at any distance."""
+    _, num_heads, head_dim = query_THC.shape
+    block_size, num_kv_heads = key_cache_BPGC.shape[1:3]
+    out_THC = torch.empty(query_THC.shape)
+    tables = block_tables_SM.contiguous()
+    compiled_attention.attention(
+        num_threads(),
+        (address_of("float32"), address_of("scattered")),
+        (query_THC.data_ptr(), 4 * query_THC.stride(0)),
+        (out_THC.data_ptr(), 4 * out_THC.stride(0)),
+        (key_cache_BPGC.data_ptr(), value_cache_BPGC.data_ptr(), block_size),
+        (num_heads, num_kv_heads, 4 * head_dim),
+        (len(tables), tables.data_ptr(), tables.shape[1], cu_seqlens_q.data_ptr(), context_lens_S.data_ptr()),
+        scale,
+    )
+    return out_THC

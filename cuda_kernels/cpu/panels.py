@@ -1,0 +1,155 @@
+"""Weights laid out for the CPU kernels: panels of 64 columns, in the format in which they are stored.
+
+A weight [K, N] becomes ceil(N / 64) panels, one after another, columns filled up with zeros. Inside a panel
+64 columns lie side by side:
+
+    float32, bfloat16, wint8    K rows of 64 elements
+    wint4                       K/2 rows of 64 bytes, row 2r in the low nibble, 2r+1 in the high one, both + 8
+    wint2                       64 f32 code_scale | 64 f32 code_zp + 0.5 | pairs of 64-groups:
+                                    64 bytes of local scales, even group in the high nibble
+                                    16 rows of 64 bytes for each group: byte row r is slots 4r .. 4r+3
+
+WINT2's K counts slots; x is brought to the order of the slots before it is multiplied.
+Shapes: K inputs, N outputs, J panels, D hidden, F expert intermediate, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+
+from cuda_kernels.formats.layout import GROUP_SIZE, KOrder, slot_rows
+from cuda_kernels.formats.wint2 import Wint2Weight
+from cuda_kernels.formats.wint4 import Wint4Weight
+from cuda_kernels.formats.wint8 import Wint8Weight
+
+PANEL = 64
+CODE_ROWS = GROUP_SIZE // 4
+
+Format = Literal["float32", "bfloat16", "wint8", "wint4", "wint2"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PanelWeight:
+    """A weight in panels: bytes [J, panel bytes], and float32 [J · 64] column scales where it has them."""
+
+    format: Format
+    data_JB: torch.Tensor
+    scale_N: torch.Tensor | None
+    num_inputs: int
+    num_outputs: int
+    num_k: int  # values of x that a panel is multiplied with: K, and what fills up its last byte or group
+
+    @property
+    def num_panels(self) -> int:
+        return self.data_JB.shape[0]
+
+    @property
+    def panel_bytes(self) -> int:
+        return self.data_JB.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.data_JB.nbytes + (0 if self.scale_N is None else self.scale_N.nbytes)
+
+    @property
+    def addresses(self) -> tuple[int, int]:
+        """Of the panels and of the scales, 0 without."""
+        return self.data_JB.data_ptr(), 0 if self.scale_N is None else self.scale_N.data_ptr()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PanelExpert:
+    """One expert, or a dense feed-forward network: gate and up [D, F], down [F, D]."""
+
+    gate: PanelWeight
+    up: PanelWeight
+    down: PanelWeight
+
+    @property
+    def nbytes(self) -> int:
+        return self.gate.nbytes + self.up.nbytes + self.down.nbytes
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PanelExperts:
+    """Experts of equal formats and sizes, and their addresses for the compiled driver, `table` int64 [E, 6].
+
+    `input_order` brings a hidden state to the order of the weights' K, `slots` 64 hidden features to that of
+    down's; int64, the first empty where x serves as it is.
+    """
+
+    experts: tuple[PanelExpert, ...]
+    table: torch.Tensor
+    input_order: torch.Tensor
+    slots: torch.Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return sum(expert.nbytes for expert in self.experts)
+
+
+def stack_experts(experts: Sequence[PanelExpert], k_order: KOrder) -> PanelExperts:
+    """`k_order` is that of the WINT2 weights."""
+    rows = [(*e.gate.addresses, *e.up.addresses, *e.down.addresses) for e in experts]
+    gate, down = experts[0].gate, experts[0].down
+    needs_order = gate.format == "wint2" or gate.num_k != gate.num_inputs
+    input_order = _order(gate, k_order) if needs_order else torch.empty(0, dtype=torch.int64)
+    slots = slot_rows(PANEL, k_order) if down.format == "wint2" else torch.arange(PANEL)
+    return PanelExperts(tuple(experts), torch.tensor(rows), input_order, slots)
+
+
+def _order(weight: PanelWeight, k_order: KOrder) -> torch.Tensor:
+    return slot_rows(weight.num_k, k_order) if weight.format == "wint2" else torch.arange(weight.num_k)
+
+
+def pack_dense(weight_NK: torch.Tensor) -> PanelWeight:
+    """A float32 or bfloat16 weight [N, K]."""
+    name: Format = "bfloat16" if weight_NK.dtype == torch.bfloat16 else "float32"
+    return _pack(name, weight_NK.T, None, weight_NK.shape[1])
+
+
+def pack_wint8(weight: Wint8Weight, num_inputs: int) -> PanelWeight:
+    """`num_inputs` is K without the padding of the stored weight."""
+    return _pack("wint8", weight.quant_weight[:num_inputs], weight.weight_scale, num_inputs)
+
+
+def pack_wint4(weight: Wint4Weight, num_inputs: int) -> PanelWeight:
+    levels = (weight.quant_weight[: num_inputs + num_inputs % 2] + 8).view(torch.uint8)
+    packed = _pack("wint4", levels[0::2] | levels[1::2] << 4, weight.weight_scale, num_inputs)
+    return replace(packed, num_k=2 * -(-num_inputs // 2))
+
+
+def pack_wint2(weight: Wint2Weight, num_inputs: int) -> PanelWeight:
+    num_columns = weight.shape[1]
+    num_groups = -(-num_inputs // GROUP_SIZE)
+    parameters = _panels(torch.stack((weight.code_scale, weight.code_zp + 0.5)))
+    scales = _panels(weight.weight_scale).view(-1, weight.weight_scale.shape[0], 1, PANEL)
+    codes = _panels(weight.quant_weight).view(len(scales), -1, 2 * CODE_ROWS, PANEL)
+    pairs = torch.cat((scales, codes), dim=2).flatten(1)
+    if num_groups % 2:
+        pairs = pairs[:, : -CODE_ROWS * PANEL]
+    data = torch.cat((parameters.view(torch.uint8).flatten(1), pairs), dim=1)
+    scale = _column_scale(weight.super_scales)
+    return PanelWeight("wint2", data, scale, num_inputs, num_columns, num_groups * GROUP_SIZE)
+
+
+def _pack(name: Format, rows_KN: torch.Tensor, scale_N: torch.Tensor | None, num_inputs: int) -> PanelWeight:
+    scale = None if scale_N is None else _column_scale(scale_N)
+    data = _panels(rows_KN).view(torch.uint8).flatten(1)
+    return PanelWeight(name, data, scale, num_inputs, rows_KN.shape[1], num_inputs)
+
+
+def _panels(rows_KN: torch.Tensor) -> torch.Tensor:
+    """[K, N] -> [J, K, 64], owning its memory."""
+    missing = -rows_KN.shape[1] % PANEL
+    panels: torch.Tensor = F.pad(rows_KN, (0, missing)).unflatten(1, (-1, PANEL))
+    return panels.transpose(0, 1).contiguous()
+
+
+def _column_scale(scale_N: torch.Tensor) -> torch.Tensor:
+    return F.pad(scale_N.float(), (0, -len(scale_N) % PANEL))

@@ -1,0 +1,77 @@
+"""Stored weights in the forms that the CPU's kernels decode as they multiply: what is quantized stays so.
+
+    stored                  panels
+    wint8, wint4, wint2     as stored: level · scale counts exactly, never rounded to bfloat16
+    bfloat16, float32       as stored
+    float16                 float32
+    ranks of a checkpoint   bfloat16, decoded: every rank has scales of its own
+
+Shapes: N outputs, K inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cuda_kernels.compiled import cpu
+from cuda_kernels.cpu.panels import (
+    PanelExpert,
+    PanelExperts,
+    PanelWeight,
+    pack_dense,
+    pack_wint2,
+    pack_wint4,
+    pack_wint8,
+    stack_experts,
+)
+from cuda_kernels.formats import wint4, wint8
+from cuda_kernels.formats.layout import KOrder
+from cuda_kernels.formats.wint2 import Wint2Weight
+from cuda_kernels.formats.wint4 import Wint4Weight
+from cuda_kernels.formats.wint8 import Wint8Weight
+from gpu_worker.model.plan import MLPPlan
+from gpu_worker.model.stored_weight import StoredLinear
+
+
+def has_panels(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the model's weights become panels: the kernels compute in float32."""
+    return cpu is not None and device.type == "cpu" and dtype == torch.float32
+
+
+def panel_linear(stored: StoredLinear, k_order: KOrder) -> PanelWeight:
+    """A dense layer's weight. WINT2 and WINT4 are the experts' formats, and are decoded here."""
+    if stored.format == "wint8" and len(stored.ranks) == 1:
+        return _quantized(stored, slice(None))
+    return panel_dense(stored.dense(k_order))
+
+
+def panel_dense(weight_NK: Tensor) -> PanelWeight:
+    return pack_dense(weight_NK.float() if weight_NK.dtype == torch.float16 else weight_NK)
+
+
+def panel_experts(experts: Sequence[MLPPlan], k_order: KOrder) -> PanelExperts:
+    """A layer's experts, or the one network of a dense layer."""
+    return stack_experts([_expert(expert, k_order) for expert in experts], k_order)
+
+
+def _expert(expert: MLPPlan, k_order: KOrder) -> PanelExpert:
+    half = expert.up_gate.num_outputs // 2
+    if expert.up_gate.format in ("none", "wint2t") or len(expert.up_gate.ranks) > 1:
+        gate, up = (panel_dense(part) for part in expert.up_gate.dense(k_order).split(half))
+        return PanelExpert(gate, up, panel_dense(expert.down.dense(k_order)))
+    gate, up = _quantized(expert.up_gate, slice(half)), _quantized(expert.up_gate, slice(half, None))
+    return PanelExpert(gate, up, _quantized(expert.down, slice(None)))
+
+
+def _quantized(stored: StoredLinear, columns: slice) -> PanelWeight:
+    tensors, num_inputs = stored.read(), stored.num_inputs
+    if stored.format == "wint2":
+        parts = {name: tensor[..., columns] for name, tensor in tensors.items()}
+        return pack_wint2(Wint2Weight(**parts), num_inputs)
+    levels, scale = tensors["quant_weight"].view(torch.int8), tensors["weight_scale"][columns]
+    if stored.format == "wint4":
+        return pack_wint4(Wint4Weight(wint4.unpack(levels)[:, columns], scale), num_inputs)
+    return pack_wint8(Wint8Weight(wint8.unpack(levels)[:, columns], scale), num_inputs)
