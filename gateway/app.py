@@ -52,6 +52,7 @@ def build_app(
         redoc_url=None,
         redirect_slashes=False,
         strict_content_type=False,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # the edge tells it already
     )
     for router in routers:
         app.include_router(router)

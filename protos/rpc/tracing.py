@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from typing import Any
 
+import grpc
 from opentelemetry import trace
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
@@ -17,6 +18,17 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from protos.rpc.errors import ServiceError, StartupError
 
 Attributes = Mapping[str, str | int | float]
+
+# What OpenTelemetry calls an error on the server's side; the other codes are the caller's affair.
+SERVER_FAULTS = frozenset(
+    {
+        grpc.StatusCode.UNKNOWN,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.UNIMPLEMENTED,
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNAVAILABLE,
+    }
+)
 
 tracer = trace.get_tracer("wint2")
 _propagator = TraceContextTextMapPropagator()
@@ -52,9 +64,11 @@ def server_span(name: str, headers: Mapping[str, Any], attributes: Attributes) -
         try:
             yield span
         except ServiceError as error:
-            span.set_status(Status(StatusCode.ERROR, f"{error.reason}: {error.message}"))
+            if error.code in SERVER_FAULTS:
+                span.set_status(Status(StatusCode.ERROR, error.message))
+            span.set_attributes({"error.type": error.code.name, "wint2.error.reason": error.reason})
             raise
-        except BaseException as error:
+        except Exception as error:
             span.set_status(Status(StatusCode.ERROR, type(error).__name__))
             raise
 

@@ -55,11 +55,13 @@ def stack(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     running.process.kill()
 
 
-def start_stack(log: Path, model: Path, http_port: int, grpc_port: int, worker_port: int) -> Process:
+def start_stack(
+    log: Path, model: Path, http_port: int, grpc_port: int, worker_port: int, *flags: str | Path
+) -> Process:
     """`wint2 serve` on these ports, up and serving."""
     ports = {"--port": http_port, "--grpc-port": grpc_port, "--engine-worker-queue-port": worker_port}
     words = [str(word) for pair in ports.items() for word in pair]
-    serve = Process(log, BIN / "wint2", "serve", "--model", model, "--max-num-seqs", "16", *words)
+    serve = Process(log, BIN / "wint2", "serve", "--model", model, "--max-num-seqs", "16", *words, *flags)
     return serve.wait_line("worker gRPC")
 
 
