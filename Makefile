@@ -60,6 +60,15 @@ gpu: $(INSTALLED) ## the tests that need an NVIDIA GPU and CuPy
 bench: $(INSTALLED) ## every tests/bench/bench_*.py, one after another
 	@for file in tests/bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
+bench-gateway: $(INSTALLED) ## requests/s, CPU a request and added latency of the gateway, over an engine that echoes
+	$(BIN)/python -m tests.bench.bench_gateway
+
+acceptance: $(INSTALLED) ## langchain, litellm, lm-eval and schemathesis against the stack, from an environment of their own
+	$(PYTHON) -m venv $(VENV)-acceptance
+	$(VENV)-acceptance/bin/pip install --quiet -r tests/acceptance/requirements.txt
+	$(VENV)-acceptance/bin/pip install --quiet --no-deps "litellm>=1.109.1"
+	WINT2_BIN=$(abspath $(BIN)) $(VENV)-acceptance/bin/python -m pytest tests/acceptance
+
 size: $(BIN)/python ## lines, functions and files by package
 	@$(BIN)/python tests/size.py
 

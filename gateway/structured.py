@@ -71,6 +71,8 @@ def calls_schema(tools: Sequence[Tool], is_parallel: bool) -> dict[str, Any]:
         parameters = dict(tool.function.parameters or {"type": "object"})
         for name in ("$defs", "definitions"):
             definitions.setdefault(name, {}).update(parameters.pop(name, None) or {})
+        if "properties" in parameters:
+            parameters.setdefault("additionalProperties", False)  # functions take no others
         calls.append(call_schema(tool.function.name, parameters))
     schema: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls}}
     limit = {} if is_parallel else {"maxItems": 1}
