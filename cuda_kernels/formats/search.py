@@ -12,7 +12,7 @@ except ImportError:  # numba comes with the `quantize` extra; torch does the sam
 else:
     HAS_NUMBA = True
 
-_CHUNK_ELEMENTS = 1 << 22
+_CHUNK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}  # distances that exist at a time
 
 
 class Nearest(NamedTuple):
@@ -52,7 +52,7 @@ def sweep(
 
 def _nearest_torch(targets: Tensor, books: Tensor) -> Nearest:
     half_norm = books.square().sum(dim=-1, keepdim=True) / 2
-    rows = max(1, _CHUNK_ELEMENTS // (books.shape[1] * max(1, targets.shape[2])))
+    rows = max(1, _CHUNK_ELEMENTS[targets.device.type] // (books.shape[1] * max(1, targets.shape[2])))
     pieces = []
     for start in range(0, targets.shape[0], rows):
         book, norm = (t if t.shape[0] == 1 else t[start : start + rows] for t in (books, half_norm))
