@@ -1,4 +1,4 @@
-"""Paged attention of ERNIE 4.5 300B (64 query heads, 8 KV heads of 128): decodes, and prompts against torch's.
+"""Paged attention of ERNIE 4.5 300B (64 query heads, 8 KV heads of 128): decodes, and prompts.
 
 python -m tests.bench.bench_attention
 """

@@ -14,6 +14,8 @@ class Timer:
     """The median of some runs in microseconds, less what an empty graph takes."""
 
     def __init__(self, repetitions: int = 20) -> None:
+        if not torch.cuda.is_available():
+            raise SystemExit("no GPU: nothing to time")
         self._repetitions = repetitions
         self._flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
         byte = self._flushed[:1]
