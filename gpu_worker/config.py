@@ -94,4 +94,5 @@ class EngineConfig:
     device: torch.device
     dtype: torch.dtype
     use_cudagraph: bool = True
+    overlap: bool = False  # tell of a step while the device computes the next
     seed: int = 0  # of the seeds given to requests that bring none

@@ -52,8 +52,10 @@ class HashModel:
             raise self.error
         self.num_forward_tokens.append(batch.num_tokens)
         key, value = kv_cache.layers[0]
-        key.view(-1)[batch.slot_mapping_T] = batch.input_ids_T.float()
-        value.view(-1)[batch.slot_mapping_T] = batch.positions_T.float()
+        is_real_T = batch.slot_mapping_T >= 0
+        slots = batch.slot_mapping_T[is_real_T]
+        key.view(-1)[slots] = batch.input_ids_T[is_real_T].float()
+        value.view(-1)[slots] = batch.positions_T[is_real_T].float()
         tokens_SL, is_known_SL = self._read_contexts(batch, kv_cache)
         weights_L = (torch.arange(tokens_SL.shape[1]) + 1) * 31_337 % MODULUS
         hashes_SL = ((tokens_SL + 1) * weights_L % MODULUS * is_known_SL).cumsum(1) % MODULUS
@@ -65,10 +67,11 @@ class HashModel:
         return hash_logits(hidden_SD[:, 0], hidden_SD[:, 1] > 0)
 
     def _read_contexts(self, batch: Batch, kv_cache: KVCache) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids [S, L] as the cache has them, and where there are any."""
+        """Token ids [S, L] as the cache has them, and where there are any; a padding row has none."""
         key, value = kv_cache.layers[0]
         positions_L = torch.arange(int(batch.context_lens_S.max()))
-        is_known_SL = positions_L < batch.context_lens_S[:, None]
+        is_real_S = batch.slot_mapping_T[batch.sample_rows_S] >= 0
+        is_known_SL = (positions_L < batch.context_lens_S[:, None]) & is_real_S[:, None]
         block_L, offset_L = positions_L // kv_cache.block_size, positions_L % kv_cache.block_size
         slots_SL = batch.block_tables_SM[:, block_L].long() * kv_cache.block_size + offset_L
         written_at_SL = value.view(-1)[slots_SL].long()
@@ -117,6 +120,7 @@ def engine_config(
     enable_prefix_caching: bool = True,
     enable_chunked_prefill: bool = True,
     vocab_size: int = VOCAB_SIZE,
+    overlap: bool = False,
 ) -> EngineConfig:
     return EngineConfig(
         model=model_config(vocab_size),
@@ -126,6 +130,7 @@ def engine_config(
         ),
         device=torch.device("cpu"),
         dtype=torch.float32,
+        overlap=overlap,
     )
 
 

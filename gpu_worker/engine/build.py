@@ -143,6 +143,7 @@ def _plan(
         device=device,
         dtype=dtype,
         use_cudagraph=args.use_cudagraph and device.type == "cuda",
+        overlap=device.type == "cuda",
         seed=args.seed,
     )
     num_blocks = args.num_kv_blocks or _cache_bytes(args, config, block_bytes, model) // block_bytes

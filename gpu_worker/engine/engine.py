@@ -52,6 +52,10 @@ class EngineStats:
     num_steps_by_tokens: tuple[int, ...]  # STEP_TOKENS[i - 1] < tokens <= STEP_TOKENS[i]
 
 
+def _nothing() -> None:
+    pass
+
+
 class Engine:
     """Continuous batching over a paged KV cache."""
 
@@ -124,14 +128,16 @@ class Engine:
         return self._end(request_id, "aborted", index=index)
 
     @torch.inference_mode()
-    def step(self) -> list[StepOutput]:
-        """Computes one step and tells what it gave to whom."""
+    def step(self, meanwhile: Callable[[], None] = _nothing) -> list[StepOutput]:
+        """Computes one step and tells what it gave to whom; `meanwhile` runs once the device has its work."""
         self._expire()
         step = self._scheduler.schedule()
         for sequence in step.admitted:
             self._take_up(sequence)
-        if len(step.rows):
-            self._collect(step, self._run(step))
+        logits_SV = self._launch(step) if len(step.rows) else None
+        meanwhile()
+        if logits_SV is not None:
+            self._collect(step, self._sampler.sample(logits_SV, step.sampled_rows))
         return self.take_outputs()
 
     def take_outputs(self) -> list[StepOutput]:
@@ -193,17 +199,16 @@ class Engine:
             if sequence.index == 0:
                 self._num_prompt_tokens += sequence.num_prompt_tokens
 
-    def _run(self, step: ScheduledStep) -> Samples:
+    def _launch(self, step: ScheduledStep) -> torch.Tensor:
+        """float32 logits [S, V] of the sampled rows, on a GPU before they are there."""
         batch = self._batches.build(step)
         sampled = None if step.is_sampled.all() else torch.from_numpy(np.flatnonzero(step.is_sampled))
         self._sampler.prepare(step.sampled_rows)
         stretches = self._scorer.find(step)
         read_hidden = partial(self._scorer.score, stretches) if stretches else None
-        logits_SV = self._runner.run(batch, sampled, read_hidden)
-        samples = self._sampler.sample(logits_SV, step.sampled_rows)
         self._num_tokens += step.num_tokens
         self._num_steps_by_tokens[bisect_left(STEP_TOKENS, step.num_tokens)] += 1
-        return samples
+        return self._runner.run(batch, sampled, read_hidden)
 
     def _collect(self, step: ScheduledStep, samples: Samples) -> None:
         """Takes the step's tokens into the table, and ends the sequences that they end."""

@@ -62,6 +62,7 @@ class EngineLoop:
         self._inbox: SimpleQueue[_Command] = SimpleQueue()
         self._thread = Thread(target=self._run, name="engine", daemon=True)
         self._mailboxes: dict[str, Mailbox] = {}
+        self._untold: list[StepOutput] = []
         self._idle_waiters: list[Callable[[], None]] = []
         self._is_closing = False
         self._is_draining = False
@@ -171,8 +172,12 @@ class EngineLoop:
         while not self._is_closing:
             self._take_commands()
             if self._engine.has_work:
-                self._deliver(self._engine.step())
+                self._untold = self._engine.step(meanwhile=self._tell)
                 self._busy_since = time.monotonic()
+            # With a GPU, telling waits until the next step runs there: readers that wake up take the
+            # interpreter's lock, and would hold up its launch.
+            if not (self._engine.config.overlap and self._engine.has_work):
+                self._tell()
             self._publish()
 
     def _take_commands(self) -> None:
@@ -182,6 +187,7 @@ class EngineLoop:
             self._take(self._inbox.get())
             self._busy_since = time.monotonic()
         while not self._inbox.empty():
+            self._tell()
             self._take(self._inbox.get())
 
     def _take(self, command: _Command) -> None:
@@ -215,6 +221,11 @@ class EngineLoop:
 
     def _close(self) -> None:
         self._is_closing = True
+
+    def _tell(self) -> None:
+        """Delivers what the last step gave."""
+        outputs, self._untold = self._untold, []
+        self._deliver(outputs)
 
     def _deliver(self, outputs: list[StepOutput]) -> None:
         """Sends each output to its mailbox, with one wake-up for each event loop."""
@@ -250,6 +261,7 @@ class EngineLoop:
         return (history[-1][1] - tokens) / max(now - start, _SNAPSHOT_SECONDS)
 
     def _die(self, reason: str) -> None:
+        self._tell()
         self._failure = reason
         self._busy_since = None
         for mailbox in self._mailboxes.values():

@@ -28,8 +28,10 @@ class GatedModel(HashModel):
         super().__init__()
         self.gate = threading.Event()
         self.gate.set()
+        self.num_started = 0
 
     def forward(self, *args):
+        self.num_started += 1
         assert self.gate.wait(30)
         return super().forward(*args)
 
@@ -39,9 +41,9 @@ def model() -> GatedModel:
     return GatedModel()
 
 
-@pytest.fixture
-def loop(model: GatedModel) -> Iterator[EngineLoop]:
-    loop = EngineLoop(make_engine(model=model, num_blocks=256, max_num_seqs=16))
+@pytest.fixture(params=[False, True], ids=["", "overlap"])
+def loop(request: pytest.FixtureRequest, model: GatedModel) -> Iterator[EngineLoop]:
+    loop = EngineLoop(make_engine(model=model, num_blocks=256, max_num_seqs=16, overlap=request.param))
     loop.start()
     yield loop
     model.gate.set()
@@ -181,3 +183,18 @@ async def test_an_expired_deadline_ends_the_request(loop, model):
     model.gate.set()
     output = await reader
     assert (output.finish_reason, output.error) == ("aborted", "the deadline passed")
+
+
+async def test_with_overlap_a_step_is_told_of_while_the_next_one_runs():
+    model = GatedModel()
+    loop = EngineLoop(make_engine(model=model, overlap=True))
+    model.gate.clear()
+    loop.start()
+    outputs = loop.generate(request("r"))
+    first = asyncio.create_task(anext(outputs))
+    await until(lambda: model.num_started == 1)
+    model.gate.set()
+    await first
+    assert model.num_started >= 2
+    assert sum([len(output.token_ids) async for output in outputs]) + 1 >= 8
+    loop.close()
