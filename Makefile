@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test acceptance lint format protos demo stop gpu bench size clean
+.PHONY: help install test acceptance acceptance-here acceptance-apart lint format protos demo stop gpu bench size clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -29,10 +29,12 @@ $(INSTALLED): pyproject.toml setup.py $(PROTOS) | $(BIN)/python
 test: lint ## ruff, mypy --strict, import rules, then every test that needs no GPU
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not demo"
 
-acceptance: $(INSTALLED) ## other people's programs against this one: a browser, foreign gateways, clients, load
+acceptance: acceptance-here acceptance-apart ## other people's programs against this one
+
+acceptance-here: $(INSTALLED) ## a browser (Debian's chromium), PyPI smg, and locust, beside this project's own packages
 	$(BIN)/pip install --quiet --editable ".[dev,acceptance]"
 	@command -v chromium >/dev/null || apt-get install --yes --quiet chromium
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/acceptance
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/foreign
 
 lint: $(INSTALLED) ## ruff, mypy --strict, import rules
 	$(BIN)/ruff check .
@@ -63,7 +65,7 @@ bench: $(INSTALLED) ## every tests/bench/bench_*.py, one after another
 bench-gateway: $(INSTALLED) ## requests/s, CPU a request and added latency of the gateway, over an engine that echoes
 	$(BIN)/python -m tests.bench.bench_gateway
 
-acceptance: $(INSTALLED) ## langchain, litellm, lm-eval and schemathesis against the stack, from an environment of their own
+acceptance-apart: $(INSTALLED) ## langchain, litellm, lm-eval and schemathesis against the stack, from an environment of their own
 	$(PYTHON) -m venv $(VENV)-acceptance
 	$(VENV)-acceptance/bin/pip install --quiet -r tests/acceptance/requirements.txt
 	$(VENV)-acceptance/bin/pip install --quiet --no-deps "litellm>=1.109.1"
