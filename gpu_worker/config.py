@@ -30,8 +30,18 @@ class QuantizationConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupedRouting:
+    """DeepSeek-V3's choice of experts: by sigmoid scores, among the best groups only."""
+
+    num_groups: int
+    num_chosen_groups: int
+    is_normalized: bool
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """An ERNIE-4.5-MoE-shaped decoder, in the words of Hugging Face's Ernie4_5_MoeConfig."""
+    """A mixture-of-experts decoder, in the words of Hugging Face's Ernie4_5_MoeConfig."""
 
     path: Path
     model_type: str
@@ -57,10 +67,22 @@ class ModelConfig:
     norm_min: float
     eos_token_ids: tuple[int, ...]
     quantization: QuantizationConfig
+    # What other families than ERNIE add.
+    dense_layers: tuple[int, ...] = ()  # though the three keys above would make them mixtures
+    shared_intermediate_size: int = 0  # of the shared experts together; 0: a multiple of the routed ones'
+    has_shared_gate: bool = False  # a sigmoid of the input scales the shared expert
+    has_qkv_bias: bool = False
+    qk_norm: Literal["none", "head", "all"] = "none"  # RMS norm of each query or key head, or of all
+    grouped_routing: GroupedRouting | None = None  # None: softmax
+
+    @property
+    def shared_size(self) -> int:
+        """Hidden features of the shared experts; 0 without any."""
+        return self.shared_intermediate_size or self.num_shared_experts * self.moe_intermediate_size
 
     def is_moe_layer(self, layer: int) -> bool:
         in_range = self.moe_layer_start_index <= layer <= self.moe_layer_end_index
-        return in_range and (layer + 1) % self.moe_layer_interval == 0
+        return in_range and layer not in self.dense_layers and (layer + 1) % self.moe_layer_interval == 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from cuda_kernels.cpu.panels import PanelExperts
+from cuda_kernels.grouped_routing import route_grouped
 from cuda_kernels.moe import ExpertWeights, StreamedExperts, moe_ffn
 from cuda_kernels.routing import route
+from gpu_worker.config import GroupedRouting
 from gpu_worker.layers.linear import Linear, PanelSwiGLU, SwiGLU
 
 
@@ -23,10 +25,21 @@ class Router:
     correction_bias_E: torch.Tensor  # float32; takes part in the choice only
     num_experts_per_token: int
     norm_min: float
+    grouped: GroupedRouting | None = None  # instead of a softmax with norm_min
 
     def __call__(self, hidden_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits_TE = self.weight(hidden_TD.float())
-        return route(logits_TE, self.correction_bias_E, self.num_experts_per_token, self.norm_min)
+        if self.grouped is None:
+            return route(logits_TE, self.correction_bias_E, self.num_experts_per_token, self.norm_min)
+        return route_grouped(
+            logits_TE,
+            self.correction_bias_E,
+            self.num_experts_per_token,
+            self.grouped.num_groups,
+            self.grouped.num_chosen_groups,
+            self.grouped.is_normalized,
+            self.grouped.scale,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +49,14 @@ class MoE:
     router: Router
     experts: ExpertWeights | StreamedExperts | PanelExperts
     shared: SwiGLU | PanelSwiGLU | None
+    shared_gate: Linear | None = None  # [1, D]: how much of shared(x) each token takes
 
     def __call__(self, hidden_TD: torch.Tensor) -> torch.Tensor:
         expert_ids_TA, expert_weights_TA = self.router(hidden_TD)
         routed_TD = moe_ffn(hidden_TD, expert_ids_TA, expert_weights_TA, self.experts)
-        return routed_TD if self.shared is None else routed_TD + self.shared(hidden_TD)
+        if self.shared is None:
+            return routed_TD
+        shared_TD = self.shared(hidden_TD)
+        if self.shared_gate is not None:
+            shared_TD = shared_TD * self.shared_gate(hidden_TD).sigmoid()
+        return routed_TD + shared_TD

@@ -2,73 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from gpu_worker.config import ModelConfig
+from gpu_worker.model.families import FAMILIES
+from gpu_worker.model.families.ernie import ERNIE
+from gpu_worker.model.families.family import Family
 from gpu_worker.model.json_keys import Keys, read_json
 from gpu_worker.model.quantization_config import read_quantization_config
 
-# What this decoder computes; any other value of these keys would be computed wrongly, so it is refused.
-_SUPPORTED: Mapping[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "use_bias": (False,),
-    "use_rmsnorm": (True,),
-    "use_qk_norm": (False,),
-    "moe_gate": ("topk", "topk_fused"),
-    "sliding_window": (None,),
-    "rope_scaling": (None,),
-}
+_LATENT_ATTENTION = ("deepseek_v2", "deepseek_v3", "deepseek_v32")
 
 
 def read_model_config(path: Path) -> ModelConfig:
     """The model in folder `path`. Raises ConfigError."""
     keys = Keys(read_json(path / "config.json"))
-    if keys.text("model_type", "ernie4_5_moe") != "ernie4_5_moe":
-        raise keys.error("model_type", f"is {keys.value('model_type')!r}; supported: 'ernie4_5_moe'")
-    _check_supported(keys)
-    config = _ernie_config(path, keys)
+    family = _family(keys)
+    _check_supported(keys, family)
+    config = _config(path, keys, family)
     _check_consistent(keys, config)
     return config
 
 
-def _ernie_config(path: Path, keys: Keys) -> ModelConfig:
-    num_layers, num_heads = keys.size("num_hidden_layers"), keys.size("num_attention_heads")
-    hidden_size = keys.size("hidden_size")
-    return ModelConfig(
-        path=path,
-        model_type=keys.text("model_type", "ernie4_5_moe"),
-        vocab_size=keys.size("vocab_size"),
-        hidden_size=hidden_size,
-        intermediate_size=keys.size("intermediate_size"),
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
-        num_key_value_heads=keys.size("num_key_value_heads", num_heads),
-        head_dim=keys.size("head_dim", max(1, hidden_size // num_heads)),
-        rms_norm_eps=keys.number("rms_norm_eps", 1e-5),
-        rope_theta=_rope_theta(keys),
-        compression_ratio=keys.number("compression_ratio", 1.0),
-        tie_word_embeddings=keys.flag("tie_word_embeddings", True),
-        max_position_embeddings=keys.size("max_position_embeddings"),
-        num_experts=keys.size("moe_num_experts"),
-        num_experts_per_token=keys.size("moe_k"),
-        moe_intermediate_size=keys.size("moe_intermediate_size"),
-        num_shared_experts=keys.size("moe_num_shared_experts", 0, minimum=0),
-        moe_layer_start_index=keys.size("moe_layer_start_index", 0, minimum=0),
-        moe_layer_end_index=_moe_layer_end(keys, num_layers),
-        moe_layer_interval=keys.size("moe_layer_interval", 1),
-        norm_min=keys.number("moe_norm_min", 1e-12),
-        eos_token_ids=_eos_token_ids(path, keys),
-        quantization=read_quantization_config(keys.section("quantization_config")),
-    )
+def _family(keys: Keys) -> Family:
+    model_type = keys.text("model_type", ERNIE.model_type)
+    if model_type in _LATENT_ATTENTION:
+        message = f"is {model_type!r}, whose multi-head latent attention this decoder does not compute"
+        raise keys.error("model_type", message)
+    if model_type not in FAMILIES:
+        raise keys.error("model_type", f"is {model_type!r}; supported: {', '.join(map(repr, FAMILIES))}")
+    return FAMILIES[model_type]
 
 
-def _check_supported(keys: Keys) -> None:
-    for key, supported in _SUPPORTED.items():
+def _config(path: Path, keys: Keys, family: Family) -> ModelConfig:
+    hidden_size, num_heads = keys.size("hidden_size"), keys.size("num_attention_heads")
+    shared: dict[str, Any] = {
+        "path": path,
+        "model_type": family.model_type,
+        "vocab_size": keys.size("vocab_size"),
+        "hidden_size": hidden_size,
+        "intermediate_size": keys.size("intermediate_size"),
+        "num_hidden_layers": keys.size("num_hidden_layers"),
+        "num_attention_heads": num_heads,
+        "num_key_value_heads": keys.size("num_key_value_heads", num_heads),
+        "head_dim": keys.size("head_dim", max(1, hidden_size // num_heads)),
+        "rms_norm_eps": keys.number("rms_norm_eps", 1e-5),
+        "rope_theta": _rope_theta(keys),
+        "compression_ratio": 1.0,
+        "tie_word_embeddings": keys.flag("tie_word_embeddings", False),
+        "max_position_embeddings": keys.size("max_position_embeddings"),
+        "num_shared_experts": 0,
+        "eos_token_ids": _eos_token_ids(path, keys),
+        "quantization": read_quantization_config(keys.section("quantization_config")),
+    }
+    return ModelConfig(**shared | family.fields(keys))
+
+
+def _check_supported(keys: Keys, family: Family) -> None:
+    for key, supported in {"hidden_act": ("silu",), **family.supported}.items():
         if key in keys and keys.value(key) not in supported:
             wanted = " or ".join(map(repr, supported))
             raise keys.error(key, f"is {keys.value(key)!r}; this decoder computes only {wanted}")
+    if set(keys.value("layer_types") or ()) - {"full_attention"}:
+        raise keys.error("layer_types", "must be 'full_attention' for every layer")
 
 
 def _check_consistent(keys: Keys, config: ModelConfig) -> None:
@@ -87,13 +84,6 @@ def _rope_theta(keys: Keys) -> float:
     if parameters.text("rope_type", "default") != "default":
         raise parameters.error("rope_type", f"is {parameters.value('rope_type')!r}, supported: 'default'")
     return keys.number("rope_theta", parameters.number("rope_theta", 500000.0))
-
-
-def _moe_layer_end(keys: Keys, num_layers: int) -> int:
-    """The last MoE layer; absent or -1: the model's last."""
-    if keys.value("moe_layer_end_index") == -1:
-        return num_layers - 1
-    return keys.size("moe_layer_end_index", num_layers - 1, minimum=0)
 
 
 def _eos_token_ids(path: Path, keys: Keys) -> tuple[int, ...]:

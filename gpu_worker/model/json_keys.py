@@ -53,6 +53,13 @@ class Keys:
             raise self.error(key, f"must be a string, got {value!r}")
         return value
 
+    def sizes(self, key: str) -> tuple[int, ...]:
+        """A list of integers from 0; empty where the key is absent."""
+        value = self._get(key, [])
+        if not isinstance(value, list) or not all(type(v) is int and 0 <= v <= _MAX_SIZE for v in value):
+            raise self.error(key, f"must be a list of integers from 0, got {value!r}")
+        return tuple(value)
+
     def section(self, key: str) -> Keys:
         """A nested object; empty where the key is absent."""
         value = self._get(key, {})

@@ -118,21 +118,28 @@ class _Loader:
             config.num_attention_heads,
             config.num_key_value_heads,
             config.head_dim,
+            self._tensor(plan.qkv_bias) if plan.qkv_bias else None,
+            self._norm(plan.q_norm) if plan.q_norm else None,
+            self._norm(plan.k_norm) if plan.k_norm else None,
         )
         mlp = self._moe(plan.mlp) if isinstance(plan.mlp, MoEPlan) else self._mlp(plan.mlp)
         norms = self._norm(plan.input_norm), self._norm(plan.post_attention_norm)
         return DecoderLayer(norms[0], attention, norms[1], mlp)
 
     def _moe(self, plan: MoEPlan) -> MoE:
+        shared = self._mlp(plan.shared) if plan.shared else None
+        shared_gate = self._linear(plan.shared_gate) if plan.shared_gate else None
+        return MoE(self._router(plan), self._experts(plan), shared, shared_gate)
+
+    def _router(self, plan: MoEPlan) -> Router:
         config = self._config
-        router = Router(
+        return Router(
             self._linear(plan.router, torch.float32),
             self._bias(plan.correction_bias),
             config.num_experts_per_token,
             config.norm_min,
+            config.grouped_routing,
         )
-        shared = self._mlp(plan.shared) if plan.shared else None
-        return MoE(router, self._experts(plan), shared)
 
     def _experts(self, plan: MoEPlan) -> ExpertWeights | StreamedExperts | PanelExperts:
         """Expert by expert, so that the decoded weights of one layer at most exist beside the packed ones."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from gpu_worker.config import ModelConfig
 from gpu_worker.model.checkpoint import Checkpoint
 from gpu_worker.model.errors import CheckpointError
+from gpu_worker.model.families import FAMILIES
 from gpu_worker.model.stored_weight import Kind, StoredLinear, StoredVector
 from gpu_worker.model.tensor_finder import Layout, TensorFinder, detect_layout
 
@@ -27,10 +28,11 @@ class MoEPlan:
     correction_bias: StoredVector | None
     experts: tuple[MLPPlan, ...]
     shared: MLPPlan | None
+    shared_gate: StoredLinear | None = None
 
     def weights(self) -> Iterator[StoredLinear | StoredVector]:
         yield self.router
-        yield from (self.correction_bias,) if self.correction_bias else ()
+        yield from (weight for weight in (self.correction_bias, self.shared_gate) if weight)
         for mlp in (*self.experts, *((self.shared,) if self.shared else ())):
             yield from mlp.weights()
 
@@ -42,6 +44,14 @@ class LayerPlan:
     o: StoredLinear
     post_attention_norm: StoredVector
     mlp: MLPPlan | MoEPlan
+    qkv_bias: StoredVector | None = None
+    q_norm: StoredVector | None = None
+    k_norm: StoredVector | None = None
+
+    def weights(self) -> Iterator[StoredLinear | StoredVector]:
+        yield from (self.input_norm, self.qkv, self.o, self.post_attention_norm)
+        yield from (weight for weight in (self.qkv_bias, self.q_norm, self.k_norm) if weight)
+        yield from self.mlp.weights()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,8 +70,7 @@ class ModelPlan:
         yield from (self.embedding, self.final_norm)
         yield from (self.lm_head,) if self.lm_head else ()
         for layer in self.layers:
-            yield from (layer.input_norm, layer.qkv, layer.o, layer.post_attention_norm)
-            yield from layer.mlp.weights()
+            yield from layer.weights()
 
     @property
     def stored_bytes(self) -> int:
@@ -70,7 +79,8 @@ class ModelPlan:
 
 def plan_model(config: ModelConfig, checkpoint: Checkpoint) -> ModelPlan:
     """Find and check every weight. Raises CheckpointError with everything that is missing or misshapen."""
-    return plan_with(config, TensorFinder(checkpoint, detect_layout(checkpoint)))
+    family = FAMILIES[config.model_type]
+    return plan_with(config, TensorFinder(checkpoint, detect_layout(checkpoint), family))
 
 
 def plan_with(config: ModelConfig, finder: TensorFinder) -> ModelPlan:
@@ -90,29 +100,39 @@ def plan_with(config: ModelConfig, finder: TensorFinder) -> ModelPlan:
 
 
 def _plan_layer(config: ModelConfig, finder: TensorFinder, index: int) -> LayerPlan:
-    layer, hidden = f"layers.{index}.", config.hidden_size
-    query, key = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    qkv = finder.layout.qkv
+    layer, hidden, head_dim = f"layers.{index}.", config.hidden_size, config.head_dim
+    attention = f"{layer}self_attn."
+    query, key = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    norm_sizes = {"none": (), "head": (head_dim, head_dim), "all": (query, key)}[config.qk_norm]
+    norms = [
+        finder.qk_norm(f"{attention}{name}_norm.weight", head_dim, size)
+        for name, size in zip("qk", norm_sizes, strict=False)
+    ]
     return LayerPlan(
         finder.vector(f"{layer}input_layernorm.weight", "norms", (hidden,)),
-        finder.fused(f"{layer}self_attn.", "attention", qkv, hidden, (query, key, key)),
-        finder.linear(f"{layer}self_attn.o_proj", "attention", query, hidden, "inputs"),
+        finder.qkv(attention, head_dim, hidden, (query, key, key)),
+        finder.linear(f"{attention}o_proj", "attention", query, hidden, "inputs"),
         finder.vector(f"{layer}post_attention_layernorm.weight", "norms", (hidden,)),
         _plan_moe(config, finder, f"{layer}mlp.")
         if config.is_moe_layer(index)
         else _plan_mlp(finder, f"{layer}mlp.", "dense MLP", hidden, config.intermediate_size),
+        finder.qkv_bias(attention, head_dim, (query, key, key)) if config.has_qkv_bias else None,
+        *norms,
     )
 
 
 def _plan_moe(config: ModelConfig, finder: TensorFinder, prefix: str) -> MoEPlan:
     hidden, inner = config.hidden_size, config.moe_intermediate_size
-    bias, shared = f"{prefix}moe_statics.e_score_correction_bias", inner * config.num_shared_experts
+    bias, shared = f"{prefix}moe_statics.e_score_correction_bias", config.shared_size
     experts = [f"{prefix}experts.{expert}." for expert in range(config.num_experts)]
     return MoEPlan(
         finder.linear(f"{prefix}gate", "router", hidden, config.num_experts, "none"),
-        finder.vector(bias, "router", (1, config.num_experts)) if bias in finder else None,
+        finder.correction_bias(bias, config.num_experts) if bias in finder else None,
         tuple(_plan_mlp(finder, expert, "experts", hidden, inner) for expert in experts),
         _plan_mlp(finder, f"{prefix}shared_experts.", "shared experts", hidden, shared) if shared else None,
+        finder.linear(f"{prefix}shared_expert_gate", "router", hidden, 1, "none")
+        if config.has_shared_gate
+        else None,
     )
 
 

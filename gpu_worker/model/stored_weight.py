@@ -44,13 +44,27 @@ class Expected:
 
 
 @dataclass(frozen=True, slots=True)
+class RotaryHalves:
+    """The first `num_rows` rows are heads with all first members of their rotary pairs, then all second ones;
+    the decoder wants the pairs side by side."""
+
+    head_dim: int
+    num_rows: int
+
+    def pair(self, rows: torch.Tensor) -> torch.Tensor:
+        heads = rows[: self.num_rows].unflatten(0, (-1, 2, self.head_dim // 2))
+        return torch.cat([heads.transpose(1, 2).flatten(0, 2), rows[self.num_rows :]])
+
+
+@dataclass(frozen=True, slots=True)
 class StoredVector:
-    """A norm weight, bias, or embedding: full precision, the same in both layouts."""
+    """A norm weight, bias, or embedding: full precision, the same in both layouts but for its parts."""
 
     name: str
     kind: Kind
     ranks: tuple[StoredTensor, ...]
     cut: Cut = "none"
+    halves: RotaryHalves | None = None
 
     @property
     def format(self) -> QuantFormat:
@@ -61,9 +75,9 @@ class StoredVector:
         return sum(tensor.nbytes for tensor in self.ranks)
 
     def dense(self) -> torch.Tensor:
-        if self.cut == "none" or len(self.ranks) == 1:
-            return self.ranks[0].read()
-        return torch.cat([tensor.read() for tensor in self.ranks])
+        parts = [tensor.read() for tensor in (self.ranks if self.cut != "none" else self.ranks[:1])]
+        whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return self.halves.pair(whole) if self.halves else whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +92,7 @@ class StoredLinear:
     sections: tuple[int, ...]
     cut: Cut
     ranks: tuple[Mapping[str, StoredTensor], ...]  # by suffix, or by part where one section is a tensor
+    halves: RotaryHalves | None = None
 
     @property
     def num_outputs(self) -> int:
@@ -116,7 +131,8 @@ class StoredLinear:
         read = self.read(rank)
         if self.format == "none":
             parts = [part.T if self.is_in_out else part for part in read.values()]
-            return torch.cat(parts) if len(parts) > 1 else parts[0]
+            whole = torch.cat(parts) if len(parts) > 1 else parts[0]
+            return self.halves.pair(whole) if self.halves else whole
         num_inputs = self.num_inputs // (len(self.ranks) if self.cut == "inputs" else 1)
         return dequantize(self.format, read, k_order)[:num_inputs].T
 

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gpu_worker.config import QuantFormat
 from gpu_worker.model.checkpoint import Checkpoint, Tensors
 from gpu_worker.model.errors import CheckpointError
+from gpu_worker.model.families.ernie import ERNIE
+from gpu_worker.model.families.family import Family
 from gpu_worker.model.safetensors_file import StoredTensor
 from gpu_worker.model.stored_weight import (
     FLOATS,
     Cut,
     Expected,
     Kind,
+    RotaryHalves,
     StoredLinear,
     StoredVector,
     expected_tensors,
@@ -54,21 +57,22 @@ def detect_layout(checkpoint: Checkpoint) -> Layout:
 class TensorFinder:
     """Finds tensors by the name that follows the layout's prefix; `problems` grows, nothing is raised."""
 
-    def __init__(self, checkpoint: Checkpoint, layout: Layout) -> None:
+    def __init__(self, checkpoint: Checkpoint, layout: Layout, family: Family = ERNIE) -> None:
         self.layout = layout
+        self._family = family
         self.problems: list[str] = []
         self._ranks = checkpoint.ranks
         self._used: set[str] = set()
 
     def __contains__(self, name: str) -> bool:
-        return self.layout.prefix + name in self._ranks[0]
+        return self._stored_name(name) in self._ranks[0]
 
     @property
     def has_lm_head(self) -> bool:
         return "lm_head.weight" in self._ranks[0]
 
     def vector(self, name: str, kind: Kind, shape: tuple[int, ...], cut: Cut = "none") -> StoredVector:
-        full = self.layout.prefix + name
+        full = self._stored_name(name)
         if cut == "outputs":
             shape = (shape[0] // len(self._ranks), *shape[1:])
         found = [self._find(rank, {full: Expected(full, FLOATS, shape)}) for rank in self._ranks]
@@ -76,14 +80,46 @@ class TensorFinder:
 
     def linear(self, name: str, kind: Kind, num_inputs: int, num_outputs: int, cut: Cut) -> StoredLinear:
         """A projection that every layout stores whole."""
-        return self._linear((self.layout.prefix + name,), kind, num_inputs, (num_outputs,), cut)
+        return self._linear((self._stored_name(name),), kind, num_inputs, (num_outputs,), cut)
 
     def fused(
         self, prefix: str, kind: Kind, parts: tuple[str, ...], num_inputs: int, sections: tuple[int, ...]
     ) -> StoredLinear:
         """A projection that Paddle stores whole and Hugging Face in parts, one for each of its sections."""
-        stems = tuple(f"{self.layout.prefix}{prefix}{part}" for part in parts)
+        stems = tuple(self._stored_name(prefix + part) for part in parts)
         return self._linear(stems, kind, num_inputs, sections, "outputs")
+
+    def qkv(self, prefix: str, head_dim: int, num_inputs: int, sections: tuple[int, ...]) -> StoredLinear:
+        """The fused q, k and v projection, its rotary pairs side by side."""
+        found = self.fused(prefix, "attention", self.layout.qkv, num_inputs, sections)
+        return replace(found, halves=self._halves(head_dim, sum(sections[:2])))
+
+    def qkv_bias(self, prefix: str, head_dim: int, sections: tuple[int, ...]) -> StoredVector:
+        names = [self._stored_name(f"{prefix}{part}.bias") for part in self.layout.qkv]
+        sizes = sections if len(names) > 1 else (sum(sections),)
+        expected = {name: Expected(name, FLOATS, (n,)) for name, n in zip(names, sizes, strict=True)}
+        found = tuple(self._find(self._ranks[0], expected).values())
+        return StoredVector(
+            names[0], "attention", found, "outputs", self._halves(head_dim, sum(sections[:2]))
+        )
+
+    def correction_bias(self, name: str, num_experts: int) -> StoredVector:
+        """[1, E] in ERNIE's files, [E] in others."""
+        is_row = self._family is ERNIE or self.layout is PADDLE
+        return self.vector(name, "router", (1, num_experts) if is_row else (num_experts,))
+
+    def qk_norm(self, name: str, head_dim: int, size: int) -> StoredVector:
+        """The weight of a norm of queries or keys, in the order of their projection."""
+        return replace(self.vector(name, "norms", (size,)), halves=self._halves(head_dim, size))
+
+    def _halves(self, head_dim: int, num_rows: int) -> RotaryHalves | None:
+        has_halves = self._family.has_rotary_halves and self.layout is HUGGING_FACE
+        return RotaryHalves(head_dim, num_rows) if has_halves else None
+
+    def _stored_name(self, name: str) -> str:
+        """Our own files have our names, whatever the family."""
+        is_ours = self.layout is PADDLE
+        return self.layout.prefix + (name if is_ours else self._family.stored_name(name))
 
     def lm_head(self, num_inputs: int, num_outputs: int) -> StoredLinear:
         """The head, whose name has no prefix."""
