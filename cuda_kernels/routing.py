@@ -10,13 +10,19 @@ Shapes: T tokens, E experts, A activated experts per token.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 
 from cuda_kernels.build import Variant
 from cuda_kernels.compiled import cpu
+from cuda_kernels.cpu.panels import PanelWeight
 from cuda_kernels.launch import Argument, Device, check, cuda_device
+from cuda_kernels.linear import DenseWeight, linear
+from cuda_kernels.tiled import TiledWeight
 
 _WARPS = 4  # as in csrc/route.cu
+_MAX_ROUTER_TOKENS = 32  # for more the matrix library's product is faster
 
 
 def route(
@@ -37,6 +43,62 @@ def route(
     return ids_TA.int(), weights_TA
 
 
+def choose_experts(
+    hidden_TD: torch.Tensor,
+    router: DenseWeight | TiledWeight | PanelWeight,
+    correction_bias_E: torch.Tensor,
+    num_experts_per_token: int,
+    norm_min: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`route` of the router's logits, hidden [T, D] times its float32 weight [E, D] transposed."""
+    num_tokens, width = hidden_TD.shape
+    is_small = hidden_TD.is_cuda and num_tokens <= _MAX_ROUTER_TOKENS and width % 8 == 0
+    if isinstance(router, DenseWeight) and is_small and hidden_TD.dtype == torch.bfloat16:
+        device = cuda_device(hidden_TD.device.index)
+        return launch_router(
+            device, hidden_TD, router.data, correction_bias_E, num_experts_per_token, norm_min
+        )
+    logits_TE = linear(hidden_TD.float(), router)
+    return route(logits_TE, correction_bias_E, num_experts_per_token, norm_min)
+
+
+def launch_router(
+    device: Device,
+    hidden_TD: torch.Tensor,
+    weight_ED: torch.Tensor,
+    correction_bias_E: torch.Tensor,
+    num_experts_per_token: int,
+    norm_min: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same for few tokens by one kernel."""
+    (num_tokens, width), num_experts = hidden_TD.shape, weight_ED.shape[0]
+    check("hidden_TD", hidden_TD, (num_tokens, width), (torch.bfloat16,))
+    check("weight_ED", weight_ED, (num_experts, width), (torch.float32,))
+    ids_TA, weights_TA = _choices(hidden_TD, num_experts_per_token)
+    logits_TE = torch.empty((num_tokens, num_experts), dtype=torch.float32, device=hidden_TD.device)
+    arguments: list[Argument] = [hidden_TD, weight_ED, width // 8, logits_TE, _counter(hidden_TD.device)]
+    arguments += [correction_bias_E, ids_TA, weights_TA, num_tokens, num_experts]
+    arguments += [num_experts_per_token, float(norm_min)]
+    if num_tokens:
+        shared_bytes = 4 * (8 * num_tokens + 1)
+        device.launch(route_variant(num_experts), "router", (num_experts, 1), 256, shared_bytes, arguments)
+    return ids_TA, weights_TA
+
+
+@cache
+def _counter(where: torch.device) -> torch.Tensor:
+    """Zero, which every launch leaves as zero."""
+    return torch.zeros(1, dtype=torch.int32, device=where)
+
+
+def _choices(like_T: torch.Tensor, num_experts_per_token: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for ids and weights [T, A]."""
+    if num_experts_per_token > 32:
+        raise ValueError(f"num_experts_per_token: the kernel chooses at most 32, got {num_experts_per_token}")
+    ids_TA = like_T.new_empty((len(like_T), num_experts_per_token), dtype=torch.int32)
+    return ids_TA, torch.empty_like(ids_TA, dtype=torch.float32)
+
+
 def launch_route(
     device: Device,
     logits_TE: torch.Tensor,
@@ -48,10 +110,7 @@ def launch_route(
     num_tokens, num_experts = logits_TE.shape
     check("logits_TE", logits_TE, (num_tokens, num_experts), (torch.float32,))
     check("correction_bias_E", correction_bias_E, (num_experts,), (torch.float32,))
-    if num_experts_per_token > 32:
-        raise ValueError(f"num_experts_per_token: the kernel chooses at most 32, got {num_experts_per_token}")
-    ids_TA = logits_TE.new_empty((num_tokens, num_experts_per_token), dtype=torch.int32)
-    weights_TA = torch.empty_like(ids_TA, dtype=torch.float32)
+    ids_TA, weights_TA = _choices(logits_TE, num_experts_per_token)
     arguments: list[Argument] = [logits_TE, correction_bias_E, ids_TA, weights_TA, num_tokens, num_experts]
     arguments += [num_experts_per_token, float(norm_min)]
     if num_tokens:

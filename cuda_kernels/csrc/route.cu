@@ -30,50 +30,111 @@ DEVICE Choice warp_best(Choice best) {
     return best;
 }
 
-// A warp a token; lane l holds experts l, l + 32, ... The chosen one's score is struck out before the next choice.
-KERNEL(32 * WARPS, 4) route(const float* logits, const float* bias, int* ids, float* weights, int tokens, int experts,
-                            int activated, float norm_min) {
-    int token = blockIdx.x * WARPS + threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (token >= tokens) return;
-    float probability[PER_LANE], score[PER_LANE], top = LOWEST, total = 0;
-#pragma unroll
-    for (int i = 0; i < PER_LANE; ++i) {
-        int expert = lane + 32 * i;
-        probability[i] = expert < experts ? logits[(long)token * experts + expert] : LOWEST;
-        top = larger(top, probability[i]);
-    }
-    top = warp_max(top);
-#pragma unroll
-    for (int i = 0; i < PER_LANE; ++i) {
-        probability[i] = lane + 32 * i < experts ? fast_exp(probability[i] - top) : 0.f;
-        total += probability[i];
-    }
-    total = warp_sum(total);
-#pragma unroll
-    for (int i = 0; i < PER_LANE; ++i) {
-        probability[i] /= total;
-        score[i] = lane + 32 * i < experts ? probability[i] + bias[lane + 32 * i] : LOWEST;
-    }
-    float mine = 0, chosen = 0;  // lane a keeps the a-th choice's probability
-    u32 my_expert = 0;
-    for (int slot = 0; slot < activated; ++slot) {
-        Choice best = {LOWEST, 0xFFFFFFFFu};
-#pragma unroll
-        for (int i = 0; i < PER_LANE; ++i) best = better(best, {score[i], (u32)(lane + 32 * i)});
-        best = warp_best(best);
-        float taken = 0;
+struct Chooser {
+    const float *logits, *bias;
+    int* ids;
+    float* weights;
+    int experts, activated;
+    float norm_min;
+
+    // By one warp; lane l holds experts l, l + 32, ... The chosen one's score is struck out before the next choice.
+    DEVICE void choose(long token, int lane) const {
+        float probability[PER_LANE], score[PER_LANE], top = LOWEST, total = 0;
 #pragma unroll
         for (int i = 0; i < PER_LANE; ++i) {
-            bool is_best = best.expert == (u32)(lane + 32 * i);
-            taken += is_best ? probability[i] : 0.f;
-            score[i] = is_best ? LOWEST : score[i];
+            int expert = lane + 32 * i;
+            probability[i] = expert < experts ? logits[token * experts + expert] : LOWEST;
+            top = larger(top, probability[i]);
         }
-        taken = warp_sum(taken);
-        chosen += taken;
-        mine = lane == slot ? taken : mine;
-        my_expert = lane == slot ? best.expert : my_expert;
+        top = warp_max(top);
+#pragma unroll
+        for (int i = 0; i < PER_LANE; ++i) {
+            probability[i] = lane + 32 * i < experts ? fast_exp(probability[i] - top) : 0.f;
+            total += probability[i];
+        }
+        total = warp_sum(total);
+#pragma unroll
+        for (int i = 0; i < PER_LANE; ++i) {
+            probability[i] /= total;
+            score[i] = lane + 32 * i < experts ? probability[i] + bias[lane + 32 * i] : LOWEST;
+        }
+        float mine = 0, chosen = 0;  // lane a keeps the a-th choice's probability
+        u32 my_expert = 0;
+        for (int slot = 0; slot < activated; ++slot) {
+            Choice best = {LOWEST, 0xFFFFFFFFu};
+#pragma unroll
+            for (int i = 0; i < PER_LANE; ++i) best = better(best, {score[i], (u32)(lane + 32 * i)});
+            best = warp_best(best);
+            float taken = 0;
+#pragma unroll
+            for (int i = 0; i < PER_LANE; ++i) {
+                bool is_best = best.expert == (u32)(lane + 32 * i);
+                taken += is_best ? probability[i] : 0.f;
+                score[i] = is_best ? LOWEST : score[i];
+            }
+            taken = warp_sum(taken);
+            chosen += taken;
+            mine = lane == slot ? taken : mine;
+            my_expert = lane == slot ? best.expert : my_expert;
+        }
+        if (lane >= activated) return;
+        ids[token * activated + lane] = smaller((int)my_expert, experts - 1);  // logits of NaN choose nobody
+        weights[token * activated + lane] = mine / larger(chosen, norm_min);
     }
-    if (lane >= activated) return;
-    ids[(long)token * activated + lane] = smaller((int)my_expert, experts - 1);  // logits of NaN choose nobody
-    weights[(long)token * activated + lane] = mine / larger(chosen, norm_min);
+};
+
+// A warp a token.
+KERNEL(32 * WARPS, 4) route(const float* logits, const float* bias, int* ids, float* weights, int tokens, int experts,
+                            int activated, float norm_min) {
+    int token = blockIdx.x * WARPS + threadIdx.x / 32;
+    Chooser chooser = {logits, bias, ids, weights, experts, activated, norm_min};
+    if (token < tokens) chooser.choose(token, threadIdx.x % 32);
+}
+
+constexpr int ROUTER_THREADS = 256, ROUTER_WARPS = ROUTER_THREADS / 32;
+
+struct __align__(16) Eight {
+    u32 pair[4];
+};
+
+// This thread's share of one product of a bfloat and a float row, in vectors of eight.
+DEVICE float dot(const Eight* x, const Floats4* weight, int vectors) {
+    float sum = 0;
+    for (int i = threadIdx.x; i < vectors; i += ROUTER_THREADS) {
+        Eight values = x[i];
+        Floats4 low = weight[2 * i], high = weight[2 * i + 1];
+        sum += low_bfloat(values.pair[0]) * low.v[0] + high_bfloat(values.pair[0]) * low.v[1];
+        sum += low_bfloat(values.pair[1]) * low.v[2] + high_bfloat(values.pair[1]) * low.v[3];
+        sum += low_bfloat(values.pair[2]) * high.v[0] + high_bfloat(values.pair[2]) * high.v[1];
+        sum += low_bfloat(values.pair[3]) * high.v[2] + high_bfloat(values.pair[3]) * high.v[3];
+    }
+    return sum;
+}
+
+// The router's matrix product and the choice in one launch, for few tokens: a block an expert; the last one chooses.
+KERNEL(ROUTER_THREADS, 2) router(const Eight* x, const Floats4* weight, int vectors, float* logits, u32* counter,
+                                 const float* bias, int* ids, float* weights, int tokens, int experts, int activated,
+                                 float norm_min) {
+    DYNAMIC_SHARED(shared);
+    float* partial = (float*)shared;  // [tokens, ROUTER_WARPS]
+    int* is_last = (int*)(partial + tokens * ROUTER_WARPS);
+    int expert = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    for (int token = 0; token < tokens; ++token) {
+        float sum = warp_sum(dot(x + (long)token * vectors, weight + (long)expert * 2 * vectors, vectors));
+        if (lane == 0) partial[token * ROUTER_WARPS + warp] = sum;
+    }
+    sync_block();
+    for (int token = threadIdx.x; token < tokens; token += ROUTER_THREADS) {
+        float sum = 0;
+        for (int i = 0; i < ROUTER_WARPS; ++i) sum += partial[token * ROUTER_WARPS + i];
+        logits[token * experts + expert] = sum;
+    }
+    sync_block();
+    if (threadIdx.x == 0) *is_last = arrive(counter) + 1 == (u32)experts;
+    sync_block();
+    if (!*is_last) return;
+    see_arrived();
+    Chooser chooser = {logits, bias, ids, weights, experts, activated, norm_min};
+    for (int token = warp; token < tokens; token += ROUTER_WARPS) chooser.choose(token, lane);
+    if (threadIdx.x == 0) *counter = 0;
 }

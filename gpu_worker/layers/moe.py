@@ -12,7 +12,7 @@ import torch
 from cuda_kernels.cpu.panels import PanelExperts
 from cuda_kernels.grouped_routing import route_grouped
 from cuda_kernels.moe import ExpertWeights, StreamedExperts, moe_ffn
-from cuda_kernels.routing import route
+from cuda_kernels.routing import choose_experts
 from gpu_worker.config import GroupedRouting
 from gpu_worker.layers.linear import Linear, PanelSwiGLU, SwiGLU
 
@@ -28,11 +28,16 @@ class Router:
     grouped: GroupedRouting | None = None  # instead of a softmax with norm_min
 
     def __call__(self, hidden_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        logits_TE = self.weight(hidden_TD.float())
         if self.grouped is None:
-            return route(logits_TE, self.correction_bias_E, self.num_experts_per_token, self.norm_min)
+            return choose_experts(
+                hidden_TD,
+                self.weight.weight,
+                self.correction_bias_E,
+                self.num_experts_per_token,
+                self.norm_min,
+            )
         return route_grouped(
-            logits_TE,
+            self.weight(hidden_TD.float()),
             self.correction_bias_E,
             self.num_experts_per_token,
             self.grouped.num_groups,

@@ -12,7 +12,15 @@ from cuda_kernels.routing import route_variant
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100a")
 REGISTERS = 65536
 # Threads of a block, and blocks a multiprocessor holds at once, as the launch bounds say.
-THREADS = {"rms_norm": 1024, "rope": 256, "kv_store": 256, "route": 128, "untile": 256, "tiled_linear": 256}
+THREADS = {
+    "rms_norm": 1024,
+    "rope": 256,
+    "kv_store": 256,
+    "route": 128,
+    "router": 256,
+    "untile": 256,
+    "tiled_linear": 256,
+}
 
 
 def is_tested(variant: Variant) -> bool:

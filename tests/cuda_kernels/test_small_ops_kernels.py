@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cuda_kernels import kv_store, norm, rope, routing
+from cuda_kernels.linear import pack_dense
 from tests.cuda_kernels.emulator.emulator import Emulator
 
 BF16_STEP = 2**-7  # two roundings apart at most
@@ -79,6 +80,17 @@ def test_route(emulator_folder: object, num_tokens: int, num_experts: int, data:
     expected_ids, expected_weights = routing.route(logits, bias, activated, 1e-12)
     torch.testing.assert_close(weights, expected_weights, rtol=1e-5, atol=1e-6)
     assert torch.equal(ids, expected_ids)
+
+
+@pytest.mark.parametrize(("num_tokens", "num_experts", "width"), [(0, 4, 64), (1, 64, 576), (11, 40, 72)])
+def test_router_for_few_tokens(num_tokens: int, num_experts: int, width: int, emulator: Emulator) -> None:
+    hidden, bias = rows(num_tokens, width), torch.zeros(num_experts)
+    weight = torch.randn(num_experts, width, generator=torch.Generator().manual_seed(1)) * width**-0.5
+    for _ in range(2):  # the counter is left as it was
+        ids, weights = routing.launch_router(emulator, hidden, weight, bias, 3, 1e-12)
+    wanted = routing.choose_experts(hidden, pack_dense(weight), bias, 3, 1e-12)
+    assert torch.equal(ids, wanted[0])
+    torch.testing.assert_close(weights, wanted[1], rtol=1e-4, atol=1e-6)
 
 
 def test_route_of_equal_scores_takes_the_lower_id_and_of_nans_a_legal_one(emulator: Emulator) -> None:
