@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +12,7 @@ import pytest
 
 from protos.wint2.worker.v1 import worker_pb2, worker_pb2_grpc
 from tests.e2e.processes import Process, free_port, wait_for
+from tests.foreign.environments import install
 from tests.tiny import make_tiny_model
 
 SMG = "smg==1.13.0"
@@ -21,10 +20,7 @@ SMG = "smg==1.13.0"
 
 @pytest.fixture(scope="module")
 def smg(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("smg")
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    subprocess.run([folder / "bin" / "pip", "install", "--quiet", SMG], check=True)
-    return folder / "bin" / "smg"
+    return install(tmp_path_factory.mktemp("smg"), SMG) / "smg"
 
 
 @pytest.fixture(scope="module")
