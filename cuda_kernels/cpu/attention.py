@@ -14,19 +14,21 @@ from __future__ import annotations
 
 import numba
 import numpy as np
-from numba import prange
 from numba.np.numpy_support import carray
 
 from cuda_kernels.cpu.arrays import Floats, Ints, SmallInts
 from cuda_kernels.cpu.elementwise import clear_row, divide_row, soften_row, transpose
 from cuda_kernels.cpu.kernels import multiply
-from cuda_kernels.cpu.linear import PANEL_BYTES, take
-from cuda_kernels.cpu.vector import LANES, pointer
+from cuda_kernels.cpu.linear import PANEL_BYTES
+from cuda_kernels.cpu.team import add, run
+from cuda_kernels.cpu.vector import LANES, keep, pointer
 
 _TILE_TOKENS = 16
 _TILE_KEYS = 64
 # Rows of the table of addresses.
 _QUERY, _OUT, _SCORES, _KEYS = range(4)
+# What a job is given: its counter, kernels, scale; query, out, cache, heads; tiles; the step.
+_NUM_GIVEN = 21
 
 
 @numba.njit(nogil=True, cache=True)
@@ -38,6 +40,7 @@ def _keys_to_panel(rows: Ints, num_keys: int, head_bytes: int, panel: int) -> No
             lanes[lane] = rows[min(block + lane, num_keys - 1)]
         for at in range(0, head_bytes, 4 * LANES):
             transpose(lanes.ctypes.data, at, panel + at // 4 * PANEL_BYTES + block * 4)
+    keep(lanes)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -104,28 +107,23 @@ def _attend(
         divide_row(rows[_OUT, row], states[row].ctypes.data + 4, width)
 
 
-@numba.njit(nogil=True, cache=True)
-def _share(
-    counter: int,
-    kernels: tuple[int, int],
-    tiles: Ints,
-    query: tuple[int, int],
-    out: tuple[int, int],
-    cache: tuple[int, int, int],
-    heads: tuple[int, int, int],
-    block_tables: SmallInts,
-    cu_seqlens: SmallInts,
-    context_lens: SmallInts,
-    scale: int,
-) -> None:
-    keys, values, block_size = cache
-    num_heads, num_kv_heads, head_bytes = heads
+def job(arguments: int) -> None:
+    """Take items until there is none left."""
+    given = carray(pointer(arguments), (_NUM_GIVEN,), np.int64)
+    kernels, scale = (given[1], given[2]), given[3]
+    query, query_stride, out, out_stride = given[4], given[5], given[6], given[7]
+    keys, values, block_size = given[8], given[9], given[10]
+    num_heads, num_kv_heads, head_bytes = given[11], given[12], given[13]
+    tiles = carray(pointer(given[14]), (given[15], 2), np.int64)
+    block_tables = carray(pointer(given[17]), (given[16], given[18]), np.int32)
+    cu_seqlens = carray(pointer(given[19]), (given[16] + 1,), np.int32)
+    context_lens = carray(pointer(given[20]), (given[16],), np.int32)
     group = num_heads // num_kv_heads
     max_rows = _TILE_TOKENS * group
     rows = np.empty((4, max(max_rows, _TILE_KEYS)), np.int64)
     scores, states = np.empty((max_rows, _TILE_KEYS), np.float32), np.empty((max_rows, 2), np.float32)
     panel = np.empty(head_bytes // 4 * _TILE_KEYS, np.float32)
-    item = take(counter)
+    item = add(arguments, 1)
     while item < len(tiles) * num_kv_heads:
         # The last tiles of a prompt see the most keys: they come first.
         tile, head = len(tiles) - 1 - item // num_kv_heads, item % num_kv_heads
@@ -135,8 +133,8 @@ def _share(
         for row in range((end - first) * group):
             token, at = first + row // group, (head * group + row % group) * head_bytes
             rows[_QUERY, row], rows[_OUT, row] = (
-                query[0] + token * query[1] + at,
-                out[0] + token * out[1] + at,
+                query + token * query_stride + at,
+                out + token * out_stride + at,
             )
             rows[_SCORES, row] = scores[row].ctypes.data
         at = head * head_bytes
@@ -144,7 +142,8 @@ def _share(
         span = position, position + end - first
         num_rows, blocks = (end - first) * group, block_tables[sequence]
         _attend(kernels, rows, states, panel, num_rows, group, span, head_cache, blocks, head_bytes, scale)
-        item = take(counter)
+        item = add(arguments, 1)
+    keep(scores)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -162,9 +161,10 @@ def _tiles(cu_seqlens: SmallInts) -> Ints:
     return tiles
 
 
-@numba.njit(nogil=True, parallel=True, cache=True)
+@numba.njit(nogil=True, cache=True)
 def attention(
-    num_threads: int,
+    team: tuple[int, int],
+    share: int,
     kernels: tuple[int, int],
     query: tuple[int, int],
     out: tuple[int, int],
@@ -173,27 +173,21 @@ def attention(
     step: tuple[int, int, int, int, int],
     scale: float,
 ) -> None:
-    """`kernels`: for panels and for rows anywhere; `query`, `out`: address, bytes from token to token.
+    """`share`: the compiled job; `kernels`: for panels, for rows anywhere; `query`, `out`: address, stride.
 
     `cache`: keys, values, slots of a block; `heads`: query heads, KV heads, bytes of one; `step`: sequences,
     block tables, blocks of a row, cu_seqlens, context_lens.
     """
-    num_sequences, tables_at, table_width, cu_seqlens_at, context_lens_at = step
-    block_tables = carray(pointer(tables_at), (num_sequences, table_width), np.int32)
-    cu_seqlens = carray(pointer(cu_seqlens_at), (num_sequences + 1,), np.int32)
-    context_lens = carray(pointer(context_lens_at), (num_sequences,), np.int32)
-    factor, counter, tiles = np.array([scale], np.float32), np.zeros(1, np.int64), _tiles(cu_seqlens)
-    for _ in prange(num_threads):
-        _share(
-            counter.ctypes.data,
-            kernels,
-            tiles,
-            query,
-            out,
-            cache,
-            heads,
-            block_tables,
-            cu_seqlens,
-            context_lens,
-            factor.ctypes.data,
-        )
+    factor = np.array([scale], np.float32)
+    tiles = _tiles(carray(pointer(step[3]), (step[0] + 1,), np.int32))
+    given = np.zeros(_NUM_GIVEN, np.int64)
+    given[1], given[2], given[3] = kernels[0], kernels[1], factor.ctypes.data
+    given[4], given[5], given[6], given[7] = query[0], query[1], out[0], out[1]
+    given[8], given[9], given[10] = cache[0], cache[1], cache[2]
+    given[11], given[12], given[13] = heads[0], heads[1], heads[2]
+    given[14], given[15] = tiles.ctypes.data, len(tiles)
+    given[16], given[17], given[18], given[19], given[20] = step[0], step[1], step[2], step[3], step[4]
+    run(team, share, given.ctypes.data)
+    keep(factor)
+    keep(tiles)
+    keep(given)

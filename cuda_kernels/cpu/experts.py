@@ -12,18 +12,22 @@ from __future__ import annotations
 
 import numba
 import numpy as np
-from numba import prange
 from numba.np.numpy_support import carray
 
 from cuda_kernels.cpu.arrays import Floats, Ints, SmallInts
 from cuda_kernels.cpu.elementwise import clear_row, swiglu_row
 from cuda_kernels.cpu.kernels import multiply
-from cuda_kernels.cpu.linear import CHUNK, PANEL_BYTES, take
+from cuda_kernels.cpu.linear import CHUNK, PANEL_BYTES
 from cuda_kernels.cpu.panels import PANEL
-from cuda_kernels.cpu.vector import pointer
+from cuda_kernels.cpu.team import add, run
+from cuda_kernels.cpu.vector import keep, pointer
 
 # Columns of the experts' table: the addresses of a projection's panels, and beside it of its column scales.
 _GATE, _UP, _DOWN = 0, 2, 4
+
+# What a job is given: its counter, kernel, sizes; x or y, h, table and length, h's width; experts a token,
+# rows, pieces or tokens of a run; tokens, x's width; pieces or starts, choices, weights, slots.
+_NUM_GIVEN = 19
 
 Sizes = tuple[int, int, int]  # values of x, bytes of a panel, panels
 
@@ -63,27 +67,23 @@ def _panel(addresses: Ints, projection: int, panel: int, panel_bytes: int) -> tu
     return addresses[projection] + panel * panel_bytes, scale + panel * PANEL_BYTES if scale else 0
 
 
-@numba.njit(nogil=True, cache=True)
-def _up_gate_share(
-    counter: int,
-    kernel: int,
-    table: Ints,
-    sizes: Sizes,
-    inputs: Floats,
-    pieces: Ints,
-    choices: Ints,
-    num_activated: int,
-    weights: Floats,
-    slots: Ints,
-    h: Floats,
-) -> None:
-    """Pass 1. `slots` is the order of 64 features that `down` expects."""
-    num_k, panel_bytes, num_panels = sizes
+def up_gate_job(arguments: int) -> None:
+    """Pass 1: take items until there is none left."""
+    given = carray(pointer(arguments), (_NUM_GIVEN,), np.int64)
+    kernel, num_k, panel_bytes, num_panels = given[1], given[2], given[3], given[4]
+    num_activated, num_rows, num_pieces = given[10], given[11], given[12]
+    inputs = carray(pointer(given[5]), (given[13], given[14]), np.float32)
+    h = carray(pointer(given[6]), (num_rows, given[9]), np.float32)
+    table = carray(pointer(given[7]), (given[8], 6), np.int64)
+    pieces = carray(pointer(given[15]), (num_pieces, 3), np.int64)
+    choices = carray(pointer(given[16]), (num_rows,), np.int64)
+    weights = carray(pointer(given[17]), (num_rows,), np.float32)
+    slots = carray(pointer(given[18]), (PANEL,), np.int64)
     gate, up = np.empty((CHUNK, PANEL), np.float32), np.empty((CHUNK, PANEL), np.float32)
     rows = np.empty((3, CHUNK), np.int64)
     for row in range(CHUNK):
         rows[1, row], rows[2, row] = gate[row].ctypes.data, up[row].ctypes.data
-    item = take(counter)
+    item = add(arguments, 1)
     while item < len(pieces) * num_panels:
         piece, panel = pieces[item // num_panels], item % num_panels
         expert, first, end = piece[0], piece[1], piece[2]
@@ -98,7 +98,10 @@ def _up_gate_share(
             swiglu_row(gated, rows[2, row - first], weight, gated, PANEL)
             for feature in range(PANEL):
                 h[row, panel * PANEL + feature] = gate[row - first, slots[feature]]
-        item = take(counter)
+        item = add(arguments, 1)
+    keep(rows)
+    keep(gate)
+    keep(up)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -113,27 +116,22 @@ def _first_row(choices: Ints, low: int, high: int, choice: int) -> int:
     return low
 
 
-@numba.njit(nogil=True, cache=True)
-def _down_share(
-    counter: int,
-    kernel: int,
-    table: Ints,
-    sizes: Sizes,
-    run: int,
-    starts: Ints,
-    choices: Ints,
-    num_activated: int,
-    h: Floats,
-    y: Floats,
-) -> None:
-    """Pass 2 over runs of `run` tokens."""
-    num_k, panel_bytes, num_panels = sizes
-    rows = np.empty((2, run), np.int64)
-    num_runs = (len(y) + run - 1) // run
-    item = take(counter)
+def down_job(arguments: int) -> None:
+    """Pass 2: take items until there is none left."""
+    given = carray(pointer(arguments), (_NUM_GIVEN,), np.int64)
+    kernel, num_k, panel_bytes, num_panels = given[1], given[2], given[3], given[4]
+    num_activated, num_rows, run_length = given[10], given[11], given[12]
+    h = carray(pointer(given[6]), (num_rows, given[9]), np.float32)
+    table = carray(pointer(given[7]), (given[8], 6), np.int64)
+    y = carray(pointer(given[5]), (given[13], num_panels * PANEL), np.float32)
+    starts = carray(pointer(given[15]), (given[8] + 1,), np.int64)
+    choices = carray(pointer(given[16]), (num_rows,), np.int64)
+    rows = np.empty((2, run_length), np.int64)
+    num_runs = (len(y) + run_length - 1) // run_length
+    item = add(arguments, 1)
     while item < num_runs * num_panels:
-        panel, token = item // num_runs, item % num_runs * run
-        end = min(token + run, len(y))
+        panel, token = item // num_runs, item % num_runs * run_length
+        end = min(token + run_length, len(y))
         for t in range(token, end):
             clear_row(y[t, panel * PANEL :].ctypes.data, PANEL)
         for expert in range(len(table)):
@@ -144,7 +142,7 @@ def _down_share(
                 rows[1, row - first] = y[choices[row] // num_activated, panel * PANEL :].ctypes.data
             panels, scale = _panel(table[expert], _DOWN, panel, panel_bytes)
             multiply(kernel, rows[0].ctypes.data, rows[1].ctypes.data, last - first, panels, scale, num_k, 1)
-        item = take(counter)
+        item = add(arguments, 1)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -167,9 +165,17 @@ def _choices(ids: int, weights: int, num_tokens: int, num_activated: int) -> tup
     return np.zeros(num_tokens, np.int32), np.ones(num_tokens, np.float32)
 
 
-@numba.njit(nogil=True, parallel=True, cache=True)
+@numba.njit(nogil=True, cache=True)
+def _keep_all(
+    inputs: Floats, h: Floats, weights: Floats, choices: Ints, pieces: Ints, starts: Ints, given: Ints
+) -> None:
+    """Hold what jobs were given addresses of until here."""
+
+
+@numba.njit(nogil=True, cache=True)
 def experts(
-    num_threads: int,
+    team: tuple[int, int],
+    shares: tuple[int, int],
     kernels: tuple[int, int],
     tables: tuple[int, int, int, int, int],
     up_gate: Sizes,
@@ -178,15 +184,12 @@ def experts(
     routing: tuple[int, int, int],
     y: int,
 ) -> None:
-    """y = Σ weight · expert(x).
+    """y = Σ weight · expert(x). `shares`: the two compiled jobs.
 
     `tables`: the experts' table, its length, the order of the inputs, its length (0: as they are), the slots;
     `x`: address, tokens, width; `routing`: ids, weights, experts a token.
     """
-    table = carray(pointer(tables[0]), (tables[1], 6), np.int64)
-    slots = carray(pointer(tables[4]), (PANEL,), np.int64)
     inputs = carray(pointer(x[0]), (x[1], x[2]), np.float32)
-    outputs = carray(pointer(y), (x[1], down[2] * PANEL), np.float32)
     if tables[3]:
         inputs = _reorder(inputs, carray(pointer(tables[2]), (tables[3],), np.int64))
     num_activated = routing[2]
@@ -194,13 +197,15 @@ def experts(
     starts, choices = _sort_rows(ids, tables[1])
     pieces = _pieces(starts)
     h = np.empty((len(choices), up_gate[2] * PANEL), np.float32)
-    counters = np.zeros(2, np.int64)
-    first, second = counters.ctypes.data, counters.ctypes.data + 8
+    given = np.zeros(_NUM_GIVEN, np.int64)
+    given[1], given[2], given[3], given[4] = kernels[0], up_gate[0], up_gate[1], up_gate[2]
+    given[5], given[6], given[7], given[8] = inputs.ctypes.data, h.ctypes.data, tables[0], tables[1]
+    given[9], given[10], given[11], given[12] = h.shape[1], num_activated, len(choices), len(pieces)
+    given[13], given[14], given[15] = inputs.shape[0], inputs.shape[1], pieces.ctypes.data
+    given[16], given[17], given[18] = choices.ctypes.data, weights.ctypes.data, tables[4]
+    run(team, shares[0], given.ctypes.data)
+    given[0], given[1], given[2], given[3], given[4] = 0, kernels[1], down[0], down[1], down[2]
     # As many tokens as give an expert CHUNK rows, if all experts are liked alike.
-    run = CHUNK * max(1, tables[1] // num_activated)
-    for _ in prange(num_threads):
-        _up_gate_share(
-            first, kernels[0], table, up_gate, inputs, pieces, choices, num_activated, weights, slots, h
-        )
-    for _ in prange(num_threads):
-        _down_share(second, kernels[1], table, down, run, starts, choices, num_activated, h, outputs)
+    given[5], given[12], given[15] = y, CHUNK * max(1, tables[1] // num_activated), starts.ctypes.data
+    run(team, shares[1], given.ctypes.data)
+    _keep_all(inputs, h, weights, choices, pieces, starts, given)

@@ -1,63 +1,48 @@
-"""Compiled linear layer over weight panels, shared out among the threads.
+"""Compiled linear layer over weight panels: items of one panel and up to twelve rows.
 
-Work is cut into items, which the threads take one after another from a counter; an item's result does not
-depend on who computes it. Arguments are addresses, sizes and strides in bytes.
+An item's result does not depend on who computes it. Arguments are addresses, sizes and strides in bytes.
 """
 
 from __future__ import annotations
 
 import numba
 import numpy as np
-from llvmlite import ir
-from numba import prange
+from numba.np.numpy_support import carray
 
-from cuda_kernels.cpu import vector as v
 from cuda_kernels.cpu.kernels import multiply
-from cuda_kernels.cpu.vector import I64, Builder, Value
+from cuda_kernels.cpu.team import add, run
+from cuda_kernels.cpu.vector import keep, pointer
 
 # Rows of an item: two tiles of six.
 CHUNK = 12
 PANEL_BYTES = 256  # of 64 float32 results
 
 
-def _fetch_add(builder: Builder, address: Value) -> Value:
-    counter = builder.inttoptr(address, I64.as_pointer())
-    return builder.atomic_rmw("add", counter, ir.Constant(I64, 1), "monotonic")
-
-
-# In compiled code: the number at an address, which it counts up for all threads at once.
-take = v.function(_fetch_add, 1)
-
-
-@numba.njit(nogil=True, cache=True)
-def _share(
-    counter: int,
-    kernel: int,
-    x: tuple[int, int],
-    y: tuple[int, int],
-    num_rows: int,
-    panels: tuple[int, int, int],
-    scale: int,
-    num_k: int,
-) -> None:
+def job(arguments: int) -> None:
+    """Take items until there is none left."""
+    given = carray(pointer(arguments), (13,), np.int64)
+    kernel, x, x_stride, y, y_stride, num_rows = given[1], given[2], given[3], given[4], given[5], given[6]
+    panels, panel_bytes, num_panels, scale, num_k = given[7], given[8], given[9], given[10], given[11]
     x_rows, y_rows = np.empty(CHUNK, np.int64), np.empty(CHUNK, np.int64)
-    first_panel, panel_bytes, num_panels = panels
     num_chunks = (num_rows + CHUNK - 1) // CHUNK
-    item = take(counter)
+    item = add(arguments, 1)
     while item < num_panels * num_chunks:
         panel, first = item // num_chunks, item % num_chunks * CHUNK
         count = min(CHUNK, num_rows - first)
         for row in range(count):
-            x_rows[row] = x[0] + (first + row) * x[1]
-            y_rows[row] = y[0] + (first + row) * y[1] + panel * PANEL_BYTES
-        weights, factors = first_panel + panel * panel_bytes, scale + panel * PANEL_BYTES if scale else 0
+            x_rows[row] = x + (first + row) * x_stride
+            y_rows[row] = y + (first + row) * y_stride + panel * PANEL_BYTES
+        weights, factors = panels + panel * panel_bytes, scale + panel * PANEL_BYTES if scale else 0
         multiply(kernel, x_rows.ctypes.data, y_rows.ctypes.data, count, weights, factors, num_k, 0)
-        item = take(counter)
+        item = add(arguments, 1)
+    keep(x_rows)
+    keep(y_rows)
 
 
-@numba.njit(nogil=True, parallel=True, cache=True)
+@numba.njit(nogil=True, cache=True)
 def linear(
-    num_threads: int,
+    team: tuple[int, int],
+    share: int,
     kernel: int,
     x: tuple[int, int],
     y: tuple[int, int],
@@ -68,8 +53,11 @@ def linear(
 ) -> None:
     """y = scale · (x · W). `x`, `y`: address and stride; `panels`: address, bytes of one, how many.
 
-    y's rows have room for whole panels.
+    y's rows have room for whole panels. `share` is the compiled job.
     """
-    counter = np.zeros(1, np.int64)
-    for _ in prange(num_threads):
-        _share(counter.ctypes.data, kernel, x, y, num_rows, panels, scale, num_k)
+    given = np.zeros(13, np.int64)
+    given[1], given[6], given[10], given[11] = kernel, num_rows, scale, num_k
+    given[2], given[3], given[4], given[5] = x[0], x[1], y[0], y[1]
+    given[7], given[8], given[9] = panels[0], panels[1], panels[2]
+    run(team, share, given.ctypes.data)
+    keep(given)

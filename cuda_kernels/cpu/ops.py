@@ -6,7 +6,8 @@ heads, C head dim, B blocks, P slots in a block, S sequences, M blocks of the lo
 
 from __future__ import annotations
 
-import numba
+import os
+
 import torch
 
 from cuda_kernels.cpu import attention as compiled_attention
@@ -15,17 +16,17 @@ from cuda_kernels.cpu import linear as compiled_linear
 from cuda_kernels.cpu import rows
 from cuda_kernels.cpu.kernels import address_of
 from cuda_kernels.cpu.panels import PANEL, PanelExperts, PanelWeight
+from cuda_kernels.cpu.team import address_of as job_address
+from cuda_kernels.cpu.team import team_of
 from cuda_kernels.cpu.vector import LANES
 
-_MAX_THREADS = int(numba.config.NUMBA_NUM_THREADS)  # type: ignore[attr-defined]
+# What may run beside this thread, as the operating system has it.
+_MAX_THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def num_threads() -> int:
-    """As many as torch takes, of those that Numba has; Numba is told, a thread of Python at a time."""
-    wanted = min(torch.get_num_threads(), _MAX_THREADS)
-    if numba.get_num_threads() != wanted:
-        numba.set_num_threads(wanted)
-    return wanted
+def _team() -> tuple[int, int]:
+    """As many threads as torch takes, of those that can run at once."""
+    return team_of(min(torch.get_num_threads(), _MAX_THREADS)).awake()
 
 
 def fits(x: torch.Tensor) -> bool:
@@ -41,7 +42,8 @@ def linear(x_TK: torch.Tensor, weight: PanelWeight) -> torch.Tensor:
     y_TN = torch.empty((num_rows, weight.num_panels * PANEL))
     panels, scale = weight.addresses
     compiled_linear.linear(
-        num_threads(),
+        _team(),
+        job_address(compiled_linear.job),
         address_of(weight.format),
         (x_TK.data_ptr(), 4 * x_TK.stride(0)),
         (y_TN.data_ptr(), 4 * y_TN.shape[1]),
@@ -70,7 +72,8 @@ def experts(
     order = weights.input_order
     tables = weights.table.data_ptr(), len(weights.table), order.data_ptr(), len(order)
     compiled_experts.experts(
-        num_threads(),
+        _team(),
+        (job_address(compiled_experts.up_gate_job), job_address(compiled_experts.down_job)),
         (address_of(up.format), address_of(down.format)),
         (*tables, weights.slots.data_ptr()),
         (up.num_k, up.panel_bytes, up.num_panels),
@@ -151,7 +154,8 @@ def attention(
     out_THC = torch.empty(query_THC.shape)
     tables = block_tables_SM.contiguous()
     compiled_attention.attention(
-        num_threads(),
+        _team(),
+        job_address(compiled_attention.job),
         (address_of("float32"), address_of("scattered")),
         (query_THC.data_ptr(), 4 * query_THC.stride(0)),
         (out_THC.data_ptr(), 4 * out_THC.stride(0)),

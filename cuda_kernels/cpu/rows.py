@@ -13,7 +13,7 @@ from numba.np.numpy_support import carray
 
 from cuda_kernels.cpu.arrays import Floats, SmallInts
 from cuda_kernels.cpu.elementwise import add_row, copy_row, rms_norm_row, rotate_row
-from cuda_kernels.cpu.vector import pointer
+from cuda_kernels.cpu.vector import keep, pointer
 
 
 @numba.njit(nogil=True, cache=True)
@@ -29,6 +29,7 @@ def add_rms_norm(
             source = total + at
             add_row(residual + at, x + at, source, width)
         rms_norm_row(source, weight, epsilon.ctypes.data, out + at, width)
+    keep(epsilon)
 
 
 @numba.njit(nogil=True, cache=True)

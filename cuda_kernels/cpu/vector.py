@@ -110,6 +110,14 @@ def _to_pointer(context: Any, address: Any) -> tuple[Any, Any]:
     return types.voidptr(types.int64), codegen
 
 
+def _keep(context: Any, array: Any) -> tuple[Any, Any]:
+    return types.void(array), lambda context, *_: context.get_dummy_value()
+
+
+# In compiled code: holds an array until here. Numba frees it after its last use, and an address is none.
+keep: Any = intrinsic(_keep)
+
+
 # In compiled code: an address as numba.carray takes it.
 pointer: Any = intrinsic(_to_pointer)
 

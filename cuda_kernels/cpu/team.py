@@ -1,0 +1,145 @@
+"""The threads that share an operation's work, and how they meet.
+
+A job is a compiled function that takes items from a counter until none is left. Who starts it works too and
+waits only for threads that have begun: one that the operating system keeps away costs nothing but its help.
+Between jobs the others look for the next one, give way to other programs after a few microseconds, and sleep
+after some milliseconds: an idle server takes no time.
+
+    state   OPEN      number of the job that may be joined, 0 if none
+            ACTIVE    how many have joined
+            BUSY      how many want the team: the second runs its job alone
+            LAST, JOB, ARGUMENTS
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from functools import cache
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+
+from cuda_kernels.cpu import vector as v
+from cuda_kernels.cpu.vector import I64, Builder, Value
+
+# Bytes apart, so that nobody's waiting slows another's writing.
+_OPEN, _ACTIVE, _BUSY, _LAST, _JOB, _ARGUMENTS = range(0, 6 * 128, 128)
+_SPINS = 2000
+_YIELDS = 20_000
+
+_JOB_SIGNATURE = types.void(types.int64)
+
+
+def _add(builder: Builder, address: Value, change: Value) -> Value:
+    counter = builder.inttoptr(address, I64.as_pointer())
+    return builder.atomic_rmw("add", counter, change, "seq_cst")
+
+
+def _read(builder: Builder, address: Value) -> Value:
+    return builder.load_atomic(builder.inttoptr(address, I64.as_pointer()), "seq_cst", 8, typ=I64)
+
+
+def _write(builder: Builder, address: Value, value: Value) -> None:
+    builder.store_atomic(value, builder.inttoptr(address, I64.as_pointer()), "seq_cst", 8)
+
+
+def _call(builder: Builder, address: Value, argument: Value) -> None:
+    kind = ir.FunctionType(ir.VoidType(), [I64])
+    builder.call(builder.inttoptr(address, kind.as_pointer()), [argument])
+
+
+def _yield(builder: Builder, address: Value) -> None:
+    kind = ir.FunctionType(ir.IntType(32), [])
+    builder.call(builder.inttoptr(address, kind.as_pointer()), [])
+
+
+add, read, write = v.function(_add, 2), v.function(_read, 1), v.kernel(_write, 2)
+_run_job, _give_way = v.kernel(_call, 2), v.kernel(_yield, 1)
+
+
+@cache
+def _compiled(job: Callable[[int], None]) -> numba.core.ccallback.CFunc:
+    return numba.cfunc(_JOB_SIGNATURE, cache=True)(job)
+
+
+def address_of(job: Callable[[int], None]) -> int:
+    """Where the compiled job is; its one argument is the address of what it needs."""
+    address = _compiled(job).address
+    assert address is not None
+    return address
+
+
+@numba.njit(nogil=True, cache=True)
+def run(team: tuple[int, int], job: int, arguments: int) -> None:
+    """Have the team (0: nobody else) do a job; returns when it is done."""
+    state, give_way = team
+    if state and add(state + _BUSY, 1) == 0:
+        number = read(state + _LAST) + 1
+        write(state + _LAST, number)
+        write(state + _JOB, job)
+        write(state + _ARGUMENTS, arguments)
+        write(state + _OPEN, number)
+        _run_job(job, arguments)
+        write(state + _OPEN, 0)
+        spins = 0
+        while read(state + _ACTIVE) != 0:
+            spins += 1
+            if spins > _SPINS:
+                _give_way(give_way)
+    else:
+        _run_job(job, arguments)
+    if state:
+        add(state + _BUSY, -1)
+
+
+@numba.njit(nogil=True, cache=True)
+def _help(state: int, give_way: int) -> None:
+    """Join jobs until none has come for some milliseconds."""
+    seen, idle = 0, 0
+    while idle < _SPINS + _YIELDS:
+        number = read(state + _OPEN)
+        if number != 0 and number != seen:
+            add(state + _ACTIVE, 1)
+            if read(state + _OPEN) == number:
+                _run_job(read(state + _JOB), read(state + _ARGUMENTS))
+            add(state + _ACTIVE, -1)
+            seen, idle = number, 0
+        else:
+            idle += 1
+            if idle > _SPINS:
+                _give_way(give_way)
+
+
+class Team:
+    """Helpers of the thread that computes; `handle` is what compiled code needs."""
+
+    def __init__(self, num_threads: int) -> None:
+        self._state = np.zeros(96 if num_threads > 1 else 0, np.int64)
+        give_way = ctypes.cast(ctypes.CDLL(None).sched_yield, ctypes.c_void_p).value or 0
+        self.handle = (self._state.ctypes.data if num_threads > 1 else 0), give_way
+        self._alarms = [threading.Event() for _ in range(num_threads - 1)]
+        for index, alarm in enumerate(self._alarms):
+            name = f"cpu-{index + 1}"
+            threading.Thread(target=self._serve, args=(alarm,), name=name, daemon=True).start()
+
+    def awake(self) -> tuple[int, int]:
+        """`handle`, after waking those who sleep."""
+        for alarm in self._alarms:
+            if not alarm.is_set():
+                alarm.set()
+        return self.handle
+
+    def _serve(self, alarm: threading.Event) -> None:
+        while True:
+            alarm.wait()
+            _help(*self.handle)
+            alarm.clear()
+
+
+@cache
+def team_of(num_threads: int) -> Team:
+    return Team(num_threads)
