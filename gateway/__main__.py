@@ -1,41 +1,19 @@
-"""The gateway as a process: flags in, servers up, signals drain."""
+"""The gateway as a command: flags in, one process or several."""
 
 from __future__ import annotations
 
-import gc
 import sys
 
-import uvloop
-
+from gateway.run import run
 from gateway.settings import GatewaySettings
-from gateway.stack import running
-from protos.rpc.process import Shutdown, run_service
-from protos.rpc.telemetry import configure_logging
-from protos.rpc.tracing import configure_tracing
-
-
-async def serve(settings: GatewaySettings, shutdown: Shutdown) -> None:
-    configure_tracing("gateway", settings.tracing_endpoint)
-    async with running(settings) as gateway:
-        shutdown.arm()
-        tune_garbage_collection()
-        url = f"http://{settings.http_host}:{gateway.http_port}"
-        print(f"ready gateway on {url}, gRPC on {gateway.grpc_address}", flush=True)
-        await shutdown.wait()
-        await gateway.drain(settings.drain_timeout)
-
-
-def tune_garbage_collection() -> None:
-    """What lives for good is not looked at again, and what requests leave is mostly freed without a look."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 50, 100)
+from gateway.supervisor import supervise
 
 
 def main() -> None:
     settings = GatewaySettings.from_command_line(sys.argv[1:])
-    configure_logging(settings.log_level, "gateway", settings.log_format)
-    run_service(lambda shutdown: serve(settings, shutdown), loop_factory=uvloop.new_event_loop)
+    if settings.workers > 1:
+        supervise(settings, run)
+    run(settings)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ class OpenAiApi:
 
     async def metrics(self) -> Response:
         """Prometheus' text format."""
-        return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(self._metrics.published), media_type=CONTENT_TYPE_LATEST)
 
     async def _chat(self, body: ChatCompletionRequest, request: TextRequest, access: Access) -> Response:
         tokenizer = self._pipeline.tokenizer

@@ -30,11 +30,11 @@ class _Uvicorn(uvicorn.Server):
 
 
 class HttpServer:
-    """Serves `app` while `running` is open. `port` is the bound one."""
+    """Serves `app` on a listening socket while `running` is open. `port` is the bound one."""
 
-    def __init__(self, app: ASGIApp, host: str, port: int, tls: ssl.SSLContext | None = None) -> None:
-        self._socket = bind(host, port)
-        self.port: int = self._socket.getsockname()[1]
+    def __init__(self, app: ASGIApp, listener: socket.socket, tls: ssl.SSLContext | None = None) -> None:
+        self._socket = listener
+        self.port: int = listener.getsockname()[1]
         config = uvicorn.Config(
             app,
             log_config=None,
@@ -68,14 +68,17 @@ class HttpServer:
                 task.cancel()
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; StartupError names the port that is in use."""
+def bind(host: str, port: int, *, is_shared: bool = False, is_listening: bool = True) -> socket.socket:
+    """A socket, `is_shared` among processes that all say so; StartupError names the port that is in use."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if is_shared:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         listener.bind((host, port))
-        listener.listen(BACKLOG)
+        if is_listening:
+            listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         reason = (error.strerror or str(error)).lower()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from gateway.requests import Event, Started, TextPiece
 from protos.wint2.common.v1.common_pb2 import FinishReason
@@ -60,10 +62,17 @@ DURATION_BUCKETS = (
 
 
 class GatewayMetrics:
-    """All metrics, in a registry of their own."""
+    """All metrics, in a registry of their own. `published` is what scrapes see.
 
-    def __init__(self) -> None:
+    Several processes count in files in the `shared` folder, of which each publishes the sum.
+    """
+
+    def __init__(self, shared: Path | None = None) -> None:
         self.registry = registry = CollectorRegistry()
+        self.published = registry
+        if shared is not None:
+            self.published = CollectorRegistry()
+            MultiProcessCollector(self.published, str(shared))  # type: ignore[no-untyped-call]
 
         def histogram(name: str, documentation: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"{PREFIX}_{name}", documentation, buckets=buckets, registry=registry)
@@ -86,6 +95,7 @@ class GatewayMetrics:
             f"{PREFIX}_num_requests_in_flight",
             "Requests accepted and not yet answered to the end",
             registry=registry,
+            multiprocess_mode="livesum",
         )
         self.prompt_tokens = Counter(
             f"{PREFIX}_prompt_tokens_total", "Prompt tokens taken up", registry=registry

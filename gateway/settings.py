@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Self
 
@@ -31,6 +32,9 @@ class GatewaySettings(SchedulerFlags):
         None, description="PEM certificate (chain) of the HTTP API, which then speaks HTTPS"
     )
     http_tls_key: Path | None = Field(None, description="PEM private key of --http-tls-cert")
+    workers: int = Field(
+        1, ge=1, le=64, description="processes that serve the HTTP port; queues and limits are each one's own"
+    )
     tokenizer: str = Field(description="address of the tokenizer service")
     scheduler: str | None = Field(
         None, description="address of a scheduler that several gateways share; default: host one here"
@@ -77,3 +81,8 @@ class GatewaySettings(SchedulerFlags):
         if self.api_key_file is not None and not self.api_key_file.is_file():
             raise ValueError(f"--api-key-file: no such file: {self.api_key_file}")
         return self
+
+
+def share_metrics(folder: Path) -> None:
+    """Makes the metrics of processes that are started from here meet in a folder."""
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)

@@ -11,18 +11,20 @@ from gateway.api_keys import ApiKeys
 from gateway.app import build_app, openai_routes, state_routes, tokenize_routes
 from gateway.clients import LocalScheduler, RemoteScheduler, SchedulerClient, TokenizerClient, WorkerClient
 from gateway.http import OpenAiApi
-from gateway.http_server import HttpServer, read_http_tls
+from gateway.http_server import HttpServer, bind, read_http_tls
 from gateway.metrics import GatewayMetrics
 from gateway.pipeline import Pipeline
 from gateway.playground import Playground, playground_routes
 from gateway.readiness import Readiness
 from gateway.scheduler.dispatcher import Dispatcher
+from gateway.scheduler.follower import Follower
 from gateway.scheduler.scheduler import Scheduler
 from gateway.scheduler.servicer import DESCRIPTOR as SCHEDULER
 from gateway.scheduler.servicer import scheduler_service
 from gateway.servicer import DESCRIPTOR as GATEWAY
 from gateway.servicer import gateway_service
 from gateway.settings import GatewaySettings
+from gateway.supervisor import Share
 from gateway.tokenize import TokenizeApi
 from gateway.worker_metrics import WorkersCollector
 from protos.rpc.channel import open_channel
@@ -49,23 +51,30 @@ class Gateway:
 
 
 @contextlib.asynccontextmanager
-async def running(settings: GatewaySettings) -> AsyncIterator[Gateway]:
-    """A gateway that serves while this is open. StartupError if a port is taken."""
+async def running(settings: GatewaySettings, share: Share | None = None) -> AsyncIterator[Gateway]:
+    """A gateway that serves while this is open; `share` if it is one of several processes.
+
+    StartupError if a port is taken.
+    """
     async with contextlib.AsyncExitStack() as stack:
         security = settings.read_security()
         keys = ApiKeys(settings.api_key, settings.api_key_file)
-        services = [GATEWAY] if settings.scheduler else [GATEWAY, SCHEDULER]
+        follow = share.follow if share else None
+        services = [GATEWAY] if settings.scheduler or follow else [GATEWAY, SCHEDULER]
         grpc_server = GrpcServer(settings.listen, services, security=security, authenticate=guard(keys))
         grpc_address = await grpc_server.start()
         stack.push_async_callback(grpc_server.stop)
-        scheduler = await find_scheduler(settings, security, grpc_server, stack)
+        if follow:
+            scheduler = await follow_scheduler(follow, settings, security, stack)
+        else:
+            scheduler = await find_scheduler(settings, security, grpc_server, stack)
         tokenizer = TokenizerClient(open_channel(settings.tokenizer, security))
         workers = WorkerClient(security)
         stack.push_async_callback(tokenizer.close)
         stack.push_async_callback(workers.close)
-        metrics = GatewayMetrics()
+        metrics = GatewayMetrics(share.metrics if share else None)
         readiness = Readiness(tokenizer, scheduler, workers, grpc_server.set_serving)
-        metrics.registry.register(WorkersCollector(lambda: readiness.workers))
+        metrics.published.register(WorkersCollector(lambda: readiness.workers))
         pipeline = Pipeline(
             tokenizer, scheduler, workers, metrics, settings.quotas(), settings.max_deltas_per_second
         )
@@ -78,10 +87,11 @@ async def running(settings: GatewaySettings) -> AsyncIterator[Gateway]:
         )
         app = build_app(routers, metrics, keys, settings)
         tls = read_http_tls(settings.http_tls_cert, settings.http_tls_key)
-        http_server = HttpServer(app, settings.http_host, settings.http_port, tls)
+        listener = bind(settings.http_host, settings.http_port, is_shared=share is not None)
+        http_server = HttpServer(app, listener, tls)
         await stack.enter_async_context(http_server.running())
         if settings.metrics_port not in (None, http_server.port):
-            stack.callback(start_metrics_server(settings.metrics_port or 0, metrics.registry).close)
+            stack.callback(start_metrics_server(settings.metrics_port or 0, metrics.published).close)
         await stack.enter_async_context(readiness.watching())
         yield Gateway(http_server.port, grpc_address, readiness, http_server, grpc_server)
 
@@ -106,4 +116,16 @@ async def find_scheduler(
     dispatcher = Dispatcher(Scheduler(settings.scheduler_config()))
     await stack.enter_async_context(dispatcher.running())
     server.add(scheduler_service(dispatcher))
+    return LocalScheduler(dispatcher)
+
+
+async def follow_scheduler(
+    address: str, settings: GatewaySettings, security: Security, stack: contextlib.AsyncExitStack
+) -> SchedulerClient:
+    """One of this process's own, for the workers of another."""
+    channel = await stack.enter_async_context(open_channel(address, security))
+    dispatcher = Dispatcher(Scheduler(settings.scheduler_config()))
+    await stack.enter_async_context(dispatcher.running())
+    follower = Follower(dispatcher, RemoteScheduler(channel).list_workers)
+    await stack.enter_async_context(follower.following())
     return LocalScheduler(dispatcher)
