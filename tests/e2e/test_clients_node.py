@@ -32,7 +32,7 @@ def test_list_models(call):
 
 
 def test_generate_stream(call, client):
-    code, (*deltas, last) = call("generate", "The answer is")
+    code, (start, *deltas, last) = call("generate", "The answer is")
     http = client.completions.create(
         model="tiny", prompt="The answer is", temperature=0, max_tokens=12, extra_body={"ignore_eos": True}
     )
@@ -40,11 +40,22 @@ def test_generate_stream(call, client):
     assert "".join(message["delta"]["text"] for message in deltas) == http.choices[0].text
     assert last["finish"]["reason"] == "FINISH_REASON_LENGTH"
     assert last["finish"]["usage"]["completion_tokens"] == 12
+    assert start["start"]["prompt_tokens"] == last["finish"]["usage"]["prompt_tokens"]
+
+
+def test_at_once_is_the_stream_put_together(call):
+    code, (whole,) = call("at-once", "The answer is")
+    _, (_, *deltas, last) = call("generate", "The answer is")
+    assert code == 0
+    (completion,) = whole["completions"]
+    assert completion["text"] == "".join(message["delta"]["text"] for message in deltas)
+    assert completion["finish"]["usage"] == last["finish"]["usage"]
 
 
 def test_chat_stream(call):
-    code, (*deltas, last) = call("chat", "你好 👩‍👩‍👧")
+    code, (start, *deltas, last) = call("chat", "你好 👩‍👩‍👧")
     assert code == 0
+    assert start["event"] == "start"
     assert {message["event"] for message in deltas} == {"delta"}
     assert last["event"] == "finish"
 

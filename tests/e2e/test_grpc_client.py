@@ -55,7 +55,7 @@ def test_chat_stream(gateway):
     request = gateway_pb2.ChatStreamRequest(messages=[message], sampling_params=GREEDY)
     events = [event.WhichOneof("event") for event in gateway.ChatStream(request, timeout=30)]
     assert events[-1] == "finish"
-    assert set(events[:-1]) == {"delta"}
+    assert (events[0], set(events[1:-1])) == ("start", {"delta"})
 
 
 def test_list_models(gateway):

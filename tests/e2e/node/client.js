@@ -1,7 +1,7 @@
 // Calls the gateway's gRPC API from Node and prints every message as a line of JSON.
 //
 //   node client.js ADDRESS protos|reflection models
-//   node client.js ADDRESS protos|reflection generate|chat TEXT
+//   node client.js ADDRESS protos|reflection at-once|generate|chat TEXT
 //
 // "protos" reads the .proto files of this repository, "reflection" asks the server and needs no file at all.
 
@@ -25,14 +25,15 @@ async function fromReflection(address) {
   return (await server.getDescriptorBySymbol(SERVICE)).getPackageObject(JSON_LIKE);
 }
 
-async function* listModels(gateway) {
+async function* unary(gateway, method, request) {
   yield await new Promise((resolve, reject) => {
-    gateway.ListModels({}, (error, response) => (error ? reject(error) : resolve(response)));
+    gateway[method](request, (error, response) => (error ? reject(error) : resolve(response)));
   });
 }
 
 const METHODS = {
-  models: listModels,
+  models: (gateway) => unary(gateway, "ListModels", {}),
+  "at-once": (gateway, text) => unary(gateway, "Generate", { text, sampling_params: SAMPLING }),
   generate: (gateway, text) => gateway.GenerateStream({ text, sampling_params: SAMPLING }),
   chat: (gateway, text) =>
     gateway.ChatStream({ messages: [{ role: "user", content: text }], sampling_params: SAMPLING }),
