@@ -80,7 +80,7 @@ class Watch:
         self._num_signals = 0
 
     async def run(self) -> int:
-        """The exit code: that of a process that failed, and failure if they end unasked."""
+        """The exit code: that of a process that says why it ends, else failure unless a signal asked."""
         loop, ended = asyncio.get_running_loop(), asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
@@ -93,8 +93,8 @@ class Watch:
             self._stop()
         while any(process.is_alive() for process in self._processes):
             await asyncio.sleep(0.05)
-        code = max(abs(process.exitcode or 0) for process in self._processes)
-        return code or (0 if self._num_signals else EXIT_FAILED)
+        codes = [process.exitcode or 0 for process in self._processes]
+        return max([0 if self._num_signals else EXIT_FAILED, *codes])
 
     def _on_signal(self) -> None:
         self._num_signals += 1

@@ -20,6 +20,7 @@ from gateway.scheduler.dispatcher import Dispatcher
 from gateway.scheduler.follower import Follower
 from gateway.scheduler.scheduler import Scheduler, SchedulerConfig
 from gateway.supervisor import Watch
+from protos.rpc.process import EXIT_FAILED
 from protos.wint2.scheduler.v1 import scheduler_pb2 as pb
 from tests.fakes import FakeTokenizer, FakeWorker, serving, tokenizer_service, worker_service
 from tests.gateway.harness import MODEL, registered, until
@@ -90,7 +91,7 @@ async def test_when_one_dies_all_end() -> None:
     for process in processes:
         process.start()
     processes[0].kill()
-    assert await asyncio.wait_for(Watch(processes).run(), 20) == signal.SIGKILL
+    assert await asyncio.wait_for(Watch(processes).run(), 20) == EXIT_FAILED
     assert not processes[1].is_alive()
 
 
