@@ -76,6 +76,7 @@ class Engine:
         share = cache.enable_prefix_caching
         self._scheduler = Scheduler(limits, self._blocks, self._table, share_prefixes=share)
         self._batches = BatchBuilder(self._table, config.device)
+        self._kv_cache = kv_cache
         self._runner = ModelRunner(model, kv_cache, graphs)
         self._scorer = PromptScorer(self._table, model.logits)
         self._grammars = grammars
@@ -177,7 +178,7 @@ class Engine:
         seed = int(self._random.integers(2**63)) if params.seed is None else params.seed
         arrival = request.arrival_time + request.priority * self.config.scheduler.priority_seconds
         eos = () if params.ignore_eos else self.config.model.eos_token_ids
-        return [
+        sequences = [
             Sequence(
                 request=request,
                 index=index,
@@ -190,6 +191,9 @@ class Engine:
             )
             for index in range(params.n)
         ]
+        for sibling in sequences[1:]:
+            sibling.first = sequences[0]
+        return sequences
 
     def _take_up(self, sequence: Sequence) -> None:
         self._sampler.attach(sequence)
@@ -201,6 +205,8 @@ class Engine:
 
     def _launch(self, step: ScheduledStep) -> torch.Tensor:
         """float32 logits [S, V] of the sampled rows, on a GPU before they are there."""
+        if step.copies:
+            self._kv_cache.copy_blocks(step.copies)
         batch = self._batches.build(step)
         sampled = None if step.is_sampled.all() else torch.from_numpy(np.flatnonzero(step.is_sampled))
         self._sampler.prepare(step.sampled_rows)

@@ -34,6 +34,7 @@ class ScheduledStep:
     num_scheduled: Rows
     is_sampled: NDArray[np.bool_]
     admitted: list[Sequence]
+    copies: list[tuple[int, int]]  # blocks whose content is needed in another one before the step: from, to
 
     @property
     def num_tokens(self) -> int:
@@ -55,6 +56,7 @@ class Scheduler:
         self._table = table
         self._share_prefixes = share_prefixes
         self._waiting: list[Sequence] = []
+        self._copies: list[tuple[int, int]] = []
         self.num_preemptions = 0
         self.num_lookup_tokens = 0
         self.num_hit_tokens = 0
@@ -85,6 +87,7 @@ class Scheduler:
 
     def schedule(self) -> ScheduledStep:
         """Plans a step of at most `max_num_batched_tokens` tokens. It has no rows when there is no work."""
+        self._copies = []
         self._grow_tables()
         table = self._table
         rows = table.rows
@@ -95,7 +98,8 @@ class Scheduler:
             rows = table.rows
             granted = np.append(granted, np.array(admitted, np.int64))
         is_sampled = table.num_computed[rows] + granted == table.num_tokens[rows]
-        return ScheduledStep(rows, granted, is_sampled, table.sequences[len(table) - len(admitted) :])
+        newcomers = table.sequences[len(table) - len(admitted) :]
+        return ScheduledStep(rows, granted, is_sampled, newcomers, self._copies)
 
     def commit(self, step: ScheduledStep) -> None:
         """Counts a step's tokens as computed."""
@@ -152,18 +156,34 @@ class Scheduler:
     def _try_admit(self, sequence: Sequence, budget: int) -> int:
         """Tokens granted to the sequence now that it runs, or 0 if it has to wait."""
         shared = self._blocks.lookup(self._hash_chain(sequence))
-        num_cached = len(shared) * self._blocks.block_size
+        tail = self._find_tail(sequence, len(shared))
+        num_cached = len(shared) * self._blocks.block_size if tail is None else sequence.num_tokens - 1
         left = sequence.num_tokens - num_cached
         wanted = self._blocks.blocks_for(sequence.num_tokens) - len(shared)
         fits_budget = left <= budget or self._config.enable_chunked_prefill
         if not fits_budget or wanted + self._reserve() > self._blocks.num_available(shared):
             return 0
         self._blocks.share(shared)
-        self._table.attach(sequence, shared + self._blocks.allocate(wanted), num_cached)
+        own = self._blocks.allocate(wanted)
+        if tail is not None:
+            self._copies.append((tail, own[0]))
+        self._table.attach(sequence, shared + own, num_cached)
         self._count_hits(sequence, num_cached)
         granted = min(left, budget)
         self._register_filled(np.array([sequence.row]), np.array([granted]))
         return granted
+
+    def _find_tail(self, sequence: Sequence, num_shared: int) -> int | None:
+        """The block where completion 0 keeps the end of the prompt that no full block holds, if there is one.
+
+        Both go on writing there, each in a copy of its own.
+        """
+        first, num_before = sequence.first, sequence.num_tokens - 1  # the last token's logits are needed
+        if first is None or first.row is None or sequence.num_tokens > sequence.num_prompt_tokens:
+            return None
+        if num_shared != num_before // self._blocks.block_size or not num_before % self._blocks.block_size:
+            return None
+        return int(self._table.block_tables[first.row, num_shared])
 
     def _reserve(self) -> int:
         """Blocks kept for the running sequences' next tokens, lest an admission be undone a step later."""

@@ -108,6 +108,7 @@ class Sequence:
     first_scheduled_time: float | None = None
     first_token_time: float | None = None
     constraint: Constraint | None = None
+    first: Sequence | None = None  # completion 0 of the request, for the others
     prompt_logprobs: list[PositionLogprobs] = field(default_factory=list)
 
     @property

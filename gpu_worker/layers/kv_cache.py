@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -24,6 +26,12 @@ class KVCache:
         # Zeros, not empty: a stray NaN in a slot that attention masks would still poison 0 * NaN.
         self._storage = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.layers: list[tuple[torch.Tensor, torch.Tensor]] = [(kv[0], kv[1]) for kv in self._storage]
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies blocks of every layer: from the first of each pair to the second."""
+        source, target = torch.tensor(pairs, device=self._storage[0].device).unbind(1)
+        for kv in self._storage:
+            kv[:, target] = kv[:, source]
 
     @property
     def size_bytes(self) -> int:
