@@ -8,6 +8,8 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
+from wint2.demo.tool_template import TOOL_USE
+
 _SPECIAL = 3  # GGUF's token type of control tokens
 
 
@@ -49,5 +51,8 @@ def _config(fields: Mapping[str, Any]) -> dict[str, Any]:
         "eos_token": named["eos"],
         "unk_token": named["unknown"],
         "pad_token": named["padding"],
-        "chat_template": fields["tokenizer.chat_template"],
+        "chat_template": [
+            {"name": "default", "template": fields["tokenizer.chat_template"]},
+            {"name": "tool_use", "template": TOOL_USE},
+        ],
     }
