@@ -43,9 +43,10 @@ def draw_plain(logits_SV: torch.Tensor, temperature_S: torch.Tensor, uniform_S: 
     First a run of tokens is found, then the token in it: far fewer sums than all of a large vocabulary's.
     """
     probs_SV = torch.softmax(logits_SV / temperature_S[:, None], dim=-1)
-    vocab_size = probs_SV.shape[1]
-    probs_SKU = F.pad(probs_SV, (0, -vocab_size % _RUN)).unflatten(1, (-1, _RUN))
-    mass_SK = probs_SKU.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    if missing := -probs_SV.shape[1] % _RUN:
+        probs_SV = F.pad(probs_SV, (0, missing))
+    probs_SKU = probs_SV.unflatten(1, (-1, _RUN))
+    mass_SK = probs_SKU.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
     run_S = _invert(mass_SK, uniform_S)
     probs_SU = probs_SKU[torch.arange(len(run_S), device=run_S.device), run_S]
     mass_SU = probs_SU.cumsum(dim=-1, dtype=torch.float64)

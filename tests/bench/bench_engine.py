@@ -99,8 +99,8 @@ def main() -> None:
     for name, wishes in CASES.items():
         params = SamplingParams(**{"max_tokens": args.num_steps + 32, "ignore_eos": True, **wishes})
         seconds = sorted(time_steps(args.num_seqs, args.vocab_size, args.num_steps, params))
-        p90 = seconds[len(seconds) * 9 // 10]
-        print(f"  {name:30} median {statistics.median(seconds) * 1e3:6.3f}   p90 {p90 * 1e3:6.3f}")
+        best, median = seconds[0], statistics.median(seconds)
+        print(f"  {name:30} best {best * 1e3:6.3f}   median {median * 1e3:6.3f}")
 
 
 if __name__ == "__main__":

@@ -23,10 +23,18 @@ PREFIX = list(range(40, 75))
 BLOCK_SIZE = 8
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["float", "wint2"])
-def decoder(request, tmp_path_factory):
-    path = make_tiny_model(tmp_path_factory.mktemp("tiny") / "model", quantized=request.param)
-    return load_model(read_model_config(path), device=torch.device("cpu"), dtype=torch.float32)
+@pytest.fixture(scope="module")
+def decoders(tmp_path_factory):
+    """By name: full precision, and WINT2 with WINT4 and WINT8."""
+    folder = tmp_path_factory.mktemp("tiny")
+    paths = {
+        "float": make_tiny_model(folder / "float", quantized=False),
+        "wint2": make_tiny_model(folder / "wint2", quantized=True),
+    }
+    return {
+        name: load_model(read_model_config(path), device=torch.device("cpu"), dtype=torch.float32)
+        for name, path in paths.items()
+    }
 
 
 def make_engine(decoder, *, num_blocks=1024, budget=4096, caching=True, chunked=True):
@@ -69,36 +77,40 @@ def complete(engine, requests):
 
 
 @pytest.fixture(scope="module")
-def alone(decoder):
-    return [
-        complete(make_engine(decoder, caching=False), {"r": (prompt, GREEDY)})["r"] for prompt in targets()
-    ]
+def alone(decoders):
+    return {
+        name: [
+            complete(make_engine(decoder, caching=False), {"r": (prompt, GREEDY)})["r"]
+            for prompt in targets()
+        ]
+        for name, decoder in decoders.items()
+    }
 
 
 @pytest.mark.parametrize(
-    "limits",
+    ("name", "limits"),
     [
-        {},
-        {"caching": False},
-        {"budget": 96},
-        {"budget": 4096, "chunked": False},
-        {"num_blocks": 64, "budget": 96},
+        pytest.param("float", {}, id="together"),
+        pytest.param("float", {"caching": False}, id="no prefix cache"),
+        pytest.param("float", {"budget": 96}, id="small chunks"),
+        pytest.param("float", {"chunked": False}, id="whole prompts"),
+        pytest.param("float", {"num_blocks": 64, "budget": 96}, id="preempted"),
+        pytest.param("wint2", {"num_blocks": 64, "budget": 96}, id="preempted, WINT2"),
     ],
-    ids=["together", "no prefix cache", "small chunks", "whole prompts", "preempted"],
 )
-def test_a_batch_of_64_changes_no_bit(decoder, alone, limits):
-    engine = make_engine(decoder, **limits)
+def test_a_batch_of_64_changes_no_bit(decoders, alone, name, limits):
+    engine = make_engine(decoders[name], **limits)
     requests = {f"other {i}": request for i, request in enumerate(others())}
     # The latest come last in order, and are what is preempted.
     requests |= {str(i): (prompt, GREEDY) for i, prompt in enumerate(targets())}
     given = complete(engine, requests)
-    assert [given[str(i)] for i in range(len(targets()))] == alone
+    assert [given[str(i)] for i in range(len(targets()))] == alone[name]
     assert (engine.stats().num_preemptions_total > 0) == ("num_blocks" in limits)
     assert (engine.stats().num_prefix_hit_tokens_total > 0) == ("caching" not in limits)
 
 
-def test_a_seed_gives_one_text_in_any_company(decoder):
+def test_a_seed_gives_one_text_in_any_company(decoders):
     params = dataclasses.replace(GREEDY, temperature=0.9, top_p=0.95, seed=11)
-    single = complete(make_engine(decoder), {"r": (PREFIX, params)})["r"]
+    single = complete(make_engine(decoders["float"]), {"r": (PREFIX, params)})["r"]
     company = {f"other {i}": request for i, request in enumerate(others())} | {"r": (PREFIX, params)}
-    assert complete(make_engine(decoder, num_blocks=64, budget=96), company)["r"] == single
+    assert complete(make_engine(decoders["float"], num_blocks=64, budget=96), company)["r"] == single
