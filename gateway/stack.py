@@ -17,7 +17,7 @@ from gateway.pipeline import Pipeline
 from gateway.playground import Playground, playground_routes
 from gateway.readiness import Readiness
 from gateway.scheduler.dispatcher import Dispatcher
-from gateway.scheduler.follower import Follower
+from gateway.scheduler.follower import Follower, static_workers
 from gateway.scheduler.scheduler import Scheduler
 from gateway.scheduler.servicer import DESCRIPTOR as SCHEDULER
 from gateway.scheduler.servicer import scheduler_service
@@ -115,6 +115,7 @@ async def find_scheduler(
         return RemoteScheduler(await stack.enter_async_context(channel))
     dispatcher = Dispatcher(Scheduler(settings.scheduler_config()))
     await stack.enter_async_context(dispatcher.running())
+    await stack.enter_async_context(static_workers(settings.static_worker, dispatcher, security))
     server.add(scheduler_service(dispatcher))
     return LocalScheduler(dispatcher)
 

@@ -162,6 +162,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             served_model_name="fake", max_model_len=self.max_model_len, eos_token_ids=[EOS], vocab_size=259
         )
 
+    async def GetServerInfo(self, request: Any, context: Any) -> worker_pb2.GetServerInfoResponse:
+        return worker_pb2.GetServerInfoResponse(instance_id="fake", max_num_seqs=8, block_size=64)
+
     async def GetLoad(self, request: Any, context: Any) -> worker_pb2.GetLoadResponse:
         return worker_pb2.GetLoadResponse(num_running=len(self.live), num_kv_blocks=64)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from gateway.scheduler.dispatcher import Dispatcher
+from gateway.scheduler.follower import static_workers
 from gateway.scheduler.scheduler import Scheduler
 from gateway.scheduler.servicer import DESCRIPTOR, scheduler_service
 from gateway.scheduler.settings import SchedulerSettings
@@ -16,11 +17,12 @@ from protos.rpc.tracing import configure_tracing
 
 async def serve(settings: SchedulerSettings, shutdown: Shutdown) -> None:
     configure_tracing("scheduler", settings.tracing_endpoint)
-    server = GrpcServer(settings.listen, [DESCRIPTOR], security=settings.read_security())
+    security = settings.read_security()
+    server = GrpcServer(settings.listen, [DESCRIPTOR], security=security)
     address = await server.start()
     dispatcher = Dispatcher(Scheduler(settings.scheduler_config()))
     server.add(scheduler_service(dispatcher))
-    async with dispatcher.running():
+    async with dispatcher.running(), static_workers(settings.static_worker, dispatcher, security):
         await server.set_serving(True)
         shutdown.arm()
         print(f"ready scheduler on {address}", flush=True)

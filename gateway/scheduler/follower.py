@@ -1,7 +1,8 @@
-"""Workers that registered elsewhere, in a dispatcher of this process: a call more for each request is saved.
+"""Workers that did not register here, in a dispatcher of this process.
 
-Placing rests on what this process placed itself and on what the workers report; several such processes may
-together place more on a worker than it runs at once, and the rest waits inside the worker.
+They registered with another gateway process, or are a fixed list. Of several processes with the same workers
+each places by what it placed itself; together they may place more on a worker than it runs at once, and the
+rest waits inside the worker.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import contextlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from gateway.scheduler.dispatcher import Dispatcher
+from gateway.scheduler.static import StaticWorkers
 from gateway.scheduler.workers import Worker
 from protos.rpc.errors import ServiceError
+from protos.rpc.security import Security
 from protos.wint2.scheduler.v1 import scheduler_pb2 as pb
 
 POLL_SECONDS = 0.2
@@ -51,3 +54,19 @@ class Follower:
             self._dispatcher.report(self._known[worker.worker_id], worker.load)
         for worker_id in self._known.keys() - {worker.worker_id for worker in listed}:
             self._dispatcher.unregister(self._known.pop(worker_id))
+
+
+@contextlib.asynccontextmanager
+async def static_workers(
+    targets: Sequence[str], dispatcher: Dispatcher, security: Security
+) -> AsyncIterator[None]:
+    """Lists the workers at `targets` in the dispatcher while this is open."""
+    if not targets:
+        yield
+        return
+    workers = StaticWorkers(targets, security)
+    try:
+        async with Follower(dispatcher, workers.list_workers).following():
+            yield
+    finally:
+        await workers.close()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from gateway.scheduler.scheduler import SchedulerConfig
-from protos.rpc.settings import ServiceSettings, service_config
+from gateway.scheduler.static import DNS
+from protos.rpc.settings import ServiceSettings, StringList, service_config
 
 
 class SchedulerFlags(ServiceSettings):
@@ -19,6 +20,20 @@ class SchedulerFlags(ServiceSettings):
     reconnect_grace: float = Field(
         10.0, ge=0, description="seconds for which requests wait for a worker that left to come back"
     )
+
+    static_worker: StringList = Field(
+        (),
+        description='address of a worker that does not register itself, or "dns:HOST:PORT" for all that a '
+        "name has; may be repeated",
+    )
+
+    @field_validator("static_worker")
+    @classmethod
+    def _names_have_ports(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
+        for target in targets:
+            if target.startswith(DNS) and not target.rpartition(":")[2].isdigit():
+                raise ValueError(f"{target}: a name to look up needs a port, as in dns:workers:8191")
+        return targets
 
     def scheduler_config(self) -> SchedulerConfig:
         return SchedulerConfig(
