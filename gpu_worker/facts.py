@@ -79,7 +79,7 @@ def count_parameters(model: ModelConfig) -> int:
     attention = 2 * hidden * (model.num_attention_heads + model.num_key_value_heads) * model.head_dim
     dense = 3 * hidden * model.intermediate_size
     expert = 3 * hidden * model.moe_intermediate_size
-    moe = (model.num_experts + model.num_shared_experts) * expert + model.num_experts * (hidden + 1)
+    moe = model.num_experts * (expert + hidden + 1) + 3 * hidden * model.shared_size
     embeddings = (1 if model.tie_word_embeddings else 2) * model.vocab_size * hidden
     inner = sum(moe if model.is_moe_layer(layer) else dense for layer in layers)
     return embeddings + inner + len(layers) * (attention + 2 * hidden) + hidden

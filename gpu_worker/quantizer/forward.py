@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cuda_kernels.grouped_routing import route_grouped
 from cuda_kernels.norm import rms_norm
 from cuda_kernels.rope import cos_sin_table, rope
 from cuda_kernels.routing import route
@@ -50,24 +51,44 @@ class Routing:
         return rows, torch.where(weights[rows] > 0, weights[rows], lent)
 
 
+@dataclass(frozen=True, eq=False)
+class AttentionExtras:
+    """Parts that some families' attentions have: a bias [N] of q, k and v, norms of queries and keys."""
+
+    qkv_bias: Tensor | None = None
+    q_norm: Tensor | None = None
+    k_norm: Tensor | None = None
+
+
 def normed(hidden: Tensor, norm_D: Tensor, config: ModelConfig) -> Tensor:
     """The normalized input of a block, float32."""
     rows_RD = hidden.flatten(0, -2).contiguous()
     return rms_norm(rows_RD, norm_D.float(), config.rms_norm_eps).view(hidden.shape)
 
 
-def attention(x_STD: Tensor, qkv: Tensor, config: ModelConfig) -> Tensor:
+def attention(
+    x_STD: Tensor, qkv: Tensor, config: ModelConfig, extras: AttentionExtras = AttentionExtras()
+) -> Tensor:
     """Causal attention before the output projection, [S, T, H·C]; `qkv` [D, (H+2G)·C]."""
     windows, length, _ = x_STD.shape
     heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    fused = (x_STD @ qkv).view(windows * length, heads + 2 * kv_heads, size)
+    projected = x_STD @ qkv if extras.qkv_bias is None else x_STD @ qkv + extras.qkv_bias
+    fused = projected.view(windows * length, heads + 2 * kv_heads, size)
     query, key, value = fused.split([heads, kv_heads, kv_heads], dim=1)
+    if extras.q_norm is not None and extras.k_norm is not None:
+        query, key = (_norm_heads(x, w, config) for x, w in ((query, extras.q_norm), (key, extras.k_norm)))
     positions = torch.arange(length).repeat(windows)
     table = cos_sin_table(length, size, config.rope_theta, compression_ratio=config.compression_ratio)
     query, key = rope(query, key, positions.to(x_STD.device), table.to(x_STD.device))
     q, k, v = (t.reshape(windows, length, -1, size).transpose(1, 2) for t in (query, key, value))
     out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
     return out.transpose(1, 2).reshape(windows, length, heads * size)
+
+
+def _norm_heads(x_RHC: Tensor, weight: Tensor, config: ModelConfig) -> Tensor:
+    """Heads by themselves, or all together, as the weight is wide."""
+    rows = x_RHC.reshape(-1, weight.shape[0])
+    return rms_norm(rows, weight, config.rms_norm_eps).view(x_RHC.shape)
 
 
 def swiglu(x: Tensor, up_gate: Tensor) -> Tensor:
@@ -78,7 +99,18 @@ def swiglu(x: Tensor, up_gate: Tensor) -> Tensor:
 
 def routing(x_RD: Tensor, router_DE: Tensor, bias_E: Tensor, config: ModelConfig) -> Routing:
     """Top-k routing of every row."""
-    logits = x_RD @ router_DE
-    ids, weights = route(logits, bias_E, config.num_experts_per_token, config.norm_min)
+    logits, grouped = x_RD @ router_DE, config.grouped_routing
+    if grouped is None:
+        ids, weights = route(logits, bias_E, config.num_experts_per_token, config.norm_min)
+    else:
+        ids, weights = route_grouped(
+            logits,
+            bias_E,
+            config.num_experts_per_token,
+            grouped.num_groups,
+            grouped.num_chosen_groups,
+            grouped.is_normalized,
+            grouped.scale,
+        )
     dense = torch.zeros_like(logits).scatter_(1, ids.long(), weights)
     return Routing(logits.softmax(dim=-1), dense)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from gpu_worker.model.checkpoint_writer import plain_tensor
-from gpu_worker.model.plan import MLPPlan
+from gpu_worker.model.plan import MLPPlan, MoEPlan
 from gpu_worker.model.stored_weight import StoredLinear, StoredVector
 from gpu_worker.quantizer import correction, forward
 from gpu_worker.quantizer.projection import Projection, quantize_projection
@@ -89,7 +89,9 @@ class DenseQuantizer:
         x_STD = self._normed(plan.input_norm, f"layers.{layer}.input_layernorm", streams.quantized, result)
         name = f"layers.{layer}.self_attn"
         qkv = self._store(f"{name}.qkv_proj", self._source.linear(plan.qkv), result)
-        mixed_RK = forward.attention(x_STD, qkv, self._config).flatten(0, 1)
+        extras = self._source.attention_extras(layer)
+        result.tensors |= _extra_tensors(f"ernie.{name}", extras)
+        mixed_RK = forward.attention(x_STD, qkv, self._config, extras).flatten(0, 1)
         self._project(f"{name}.o_proj", plan.o, mixed_RK, balance, result)
         norm = f"layers.{layer}.post_attention_layernorm"
         x_RD = self._normed(plan.post_attention_norm, norm, balance.original - balance.deficit, result)
@@ -99,10 +101,30 @@ class DenseQuantizer:
         self, name: str, plan: MLPPlan, inputs: tuple[Tensor, Tensor], balance: Balance, result: LayerResult
     ) -> None:
         """An MLP that reads (quantized, original) `inputs` and makes up for what is lacking so far."""
+        self._mlp(name, plan, inputs, (1.0, 1.0), balance, result)
+
+    def shared(
+        self, name: str, moe: MoEPlan, inputs: tuple[Tensor, Tensor], balance: Balance, result: LayerResult
+    ) -> None:
+        """The shared experts, if the layer has any, with their gate."""
+        if moe.shared is not None:
+            x_share, original_share = (self._runner.shared_share(moe, x_RD) for x_RD in inputs)
+            self._mlp(name, moe.shared, inputs, (x_share, original_share), balance, result)
+
+    def _mlp(
+        self,
+        name: str,
+        plan: MLPPlan,
+        inputs: tuple[Tensor, Tensor],
+        shares: tuple[Tensor | float, Tensor | float],
+        balance: Balance,
+        result: LayerResult,
+    ) -> None:
         x_RD, original_RD = inputs
-        balance.owe(self._runner.mlp(plan, original_RD))
+        balance.owe(self._runner.mlp(plan, original_RD) * shares[1])
         up_gate = self._store(f"{name}.up_gate_proj", self._source.linear(plan.up_gate), result)
-        self._project(f"{name}.down_proj", plan.down, forward.swiglu(x_RD, up_gate), balance, result)
+        inner_RF = forward.swiglu(x_RD, up_gate) * shares[0]
+        self._project(f"{name}.down_proj", plan.down, inner_RF, balance, result)
 
     def _project(
         self, name: str, stored: StoredLinear, x_RK: Tensor, balance: Balance, result: LayerResult
@@ -121,3 +143,8 @@ class DenseQuantizer:
         weight = self._source.vector(stored)
         result.tensors[f"ernie.{name}.weight"] = plain_tensor(weight)
         return forward.normed(hidden, weight, self._config)
+
+
+def _extra_tensors(prefix: str, extras: forward.AttentionExtras) -> dict[str, Tensor]:
+    named = {"qkv_proj.bias": extras.qkv_bias, "q_norm.weight": extras.q_norm, "k_norm.weight": extras.k_norm}
+    return {f"{prefix}.{name}": plain_tensor(one) for name, one in named.items() if one is not None}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -138,7 +139,7 @@ class _Run:
         """Quantize one layer and make it durable: shard, streams, then the progress that counts them."""
         result = LayerResult(self._counter(layer, on_progress))
         streams = self._run_layer(layer, self._load_streams(layer), result)
-        write_shard(self._streams_path(layer + 1), vars(streams))
+        _store(self._streams_path(layer + 1), vars(streams))
         self._write(layer + 2, result.tensors)
         self._state["layers"].append(result.figures())
         self._save()
@@ -173,8 +174,7 @@ class _Run:
             format = self._recipe.expert_format(layer)
             name = f"{prefix}.experts"
             ExpertQuantizer(self._source, self._recipe, name, format, inputs, balance, result).run(plan)
-            if plan.shared is not None:
-                self._dense.mlp(f"{prefix}.shared_experts", plan.shared, (x_RD, original_RD), balance, result)
+            self._dense.shared(f"{prefix}.shared_experts", plan, (x_RD, original_RD), balance, result)
         else:
             self._dense.mlp(prefix, plan, (x_RD, original_RD), balance, result)
         result.stream_error = balance.error()
@@ -182,7 +182,9 @@ class _Run:
         return Streams((balance.original - balance.deficit).view(shape), balance.original.view(shape))
 
     def _router(self, prefix: str, plan: MoEPlan) -> dict[str, Tensor]:
-        return {
+        gate = plan.shared_gate
+        shared = {f"ernie.{prefix}.shared_expert_gate.weight": self._source.linear(gate)} if gate else {}
+        return shared | {
             f"ernie.{prefix}.gate.weight": self._source.linear(plan.router),
             f"ernie.{prefix}.moe_statics.e_score_correction_bias": self._source.correction_bias(
                 plan.correction_bias
@@ -224,13 +226,13 @@ class _Run:
         if plan.lm_head is not None:
             tensors["lm_head.weight"] = plain_tensor(self._source.linear(plan.lm_head))
         hidden = self._source.embed(calibration_ST)
-        write_shard(self._streams_path(0), {"quantized": hidden, "original": hidden.clone()})
+        _store(self._streams_path(0), {"quantized": hidden, "original": hidden.clone()})
         self._write(1, tensors)
         self._save()
 
     def _write(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         name = shard_name(number, self._num_shards)
-        write_shard(self._directory / name, tensors)
+        _store(self._directory / name, tensors)
         self._state["shards"][name] = {key: t.numel() * t.element_size() for key, t in tensors.items()}
 
     def _save(self) -> None:
@@ -252,6 +254,17 @@ class _Run:
             "peak_memory_bytes": memory.peak_bytes(),
             "layers": self._state["layers"],
         }
+
+
+def _store(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    try:
+        write_shard(path, tensors)
+    except (OSError, SafetensorError) as error:
+        free = shutil.disk_usage(path.parent).free
+        raise QuantizeError(
+            f"{path} could not be written ({error}); {free:,} bytes are free. "
+            "Make room and run the same command again: finished layers are kept"
+        ) from error
 
 
 def _fingerprint(config: ModelConfig, recipe: Recipe, calibration_ST: Tensor) -> str:

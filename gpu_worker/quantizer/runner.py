@@ -34,7 +34,7 @@ class LayerRunner:
         if isinstance(mlp, MLPPlan):
             return (hidden_RD + self.mlp(mlp, x_RD)).view_as(hidden_STD)
         if mlp.shared is not None:
-            hidden_RD += self.mlp(mlp.shared, x_RD)
+            hidden_RD += self.mlp(mlp.shared, x_RD) * self.shared_share(mlp, x_RD)
         for rows, value in self.routed(mlp, x_RD):
             hidden_RD.index_add_(0, rows, value)
         return hidden_RD.view_as(hidden_STD)
@@ -43,7 +43,8 @@ class LayerRunner:
         """The layer's first half."""
         plan = self._source.layer(layer)
         x_STD = self.norm(plan.input_norm, hidden_STD)
-        mixed = forward.attention(x_STD, self._source.linear(plan.qkv), self._config)
+        extras = self._source.attention_extras(layer)
+        mixed = forward.attention(x_STD, self._source.linear(plan.qkv), self._config, extras)
         hidden_RD = (hidden_STD + mixed @ self._source.linear(plan.o)).flatten(0, 1)
         return Attended(hidden_RD, self.norm(plan.post_attention_norm, hidden_RD))
 
@@ -53,6 +54,12 @@ class LayerRunner:
     def mlp(self, plan: MLPPlan, x: Tensor) -> Tensor:
         """A SwiGLU MLP, [R, D]."""
         return forward.swiglu(x, self._source.linear(plan.up_gate)) @ self._source.linear(plan.down)
+
+    def shared_share(self, plan: MoEPlan, x_RD: Tensor) -> Tensor:
+        """How much of the shared experts' value each row takes, [R, 1]: 1 but where a gate decides."""
+        if plan.shared_gate is None:
+            return x_RD.new_ones(len(x_RD), 1)
+        return (x_RD @ self._source.linear(plan.shared_gate)).sigmoid()
 
     def routed(self, plan: MoEPlan, x_RD: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Expert after expert the rows that chose it and what it adds to them."""

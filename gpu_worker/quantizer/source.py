@@ -11,20 +11,16 @@ from gpu_worker.model.plan import LayerPlan, ModelPlan, plan_model
 from gpu_worker.model.safetensors_file import StoredTensor
 from gpu_worker.model.stored_weight import StoredLinear, StoredVector
 from gpu_worker.quantizer.errors import QuantizeError
-
-_ARCHITECTURE = "ernie4_5_moe"
+from gpu_worker.quantizer.forward import AttentionExtras
 
 
 class Source:
     """The weights of the checkpoint in `config.path`, read to `device`; quantized ones are decoded.
 
-    Raises CheckpointError with all that is missing, damaged or misshapen before anything is read, and
-    QuantizeError when the model is not one that the quantizer can run.
+    Raises CheckpointError with all that is missing, damaged or misshapen before anything is read.
     """
 
     def __init__(self, config: ModelConfig, device: torch.device) -> None:
-        if config.model_type != _ARCHITECTURE:
-            raise QuantizeError(f"{config.path}: model_type is {config.model_type!r}, not {_ARCHITECTURE!r}")
         self.config = config
         self.device = device
         self._checkpoint = open_checkpoint(config.path)
@@ -48,6 +44,12 @@ class Source:
         tensor = stored.dense().to(self.device, copy=True)
         _release(stored.ranks)
         return _finite(stored.name, tensor)
+
+    def attention_extras(self, layer: int) -> AttentionExtras:
+        """What the families' attentions have beside two projections, float32."""
+        plan = self.layer(layer)
+        stored = plan.qkv_bias, plan.q_norm, plan.k_norm
+        return AttentionExtras(*(self.vector(one).float() if one else None for one in stored))
 
     def correction_bias(self, stored: StoredVector | None) -> Tensor:
         """The experts' correction bias, float32 [1, experts]; zeros when the checkpoint has none."""
