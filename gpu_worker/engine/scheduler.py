@@ -181,6 +181,8 @@ class Scheduler:
         first, num_before = sequence.first, sequence.num_tokens - 1  # the last token's logits are needed
         if first is None or first.row is None or sequence.num_tokens > sequence.num_prompt_tokens:
             return None
+        if self._table.num_computed[first.row] < num_before:  # it has been preempted, and computes again
+            return None
         if num_shared != num_before // self._blocks.block_size or not num_before % self._blocks.block_size:
             return None
         return int(self._table.block_tables[first.row, num_shared])
