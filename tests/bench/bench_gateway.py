@@ -96,7 +96,7 @@ class EchoWorker(FakeWorker):
 
 async def run_worker(listen: str, scheduler: str, step_seconds: float, clocks: Path) -> None:
     registration = scheduler_pb2.WorkerRegistration(
-        instance_id="echo", address=listen, model=MODEL, max_model_len=4096, max_num_seqs=MAX_STREAMS,
+        instance_id=listen, address=listen, model=MODEL, max_model_len=4096, max_num_seqs=MAX_STREAMS,
         eos_token_ids=[EOS],
     )  # fmt: skip
 
@@ -185,29 +185,22 @@ def family(pid: int) -> list[int]:
 
 @contextlib.contextmanager
 def stack(
-    folder: Path, num_workers: int, step_seconds: float
+    folder: Path, options: argparse.Namespace, step_seconds: float
 ) -> Iterator[tuple[int, subprocess.Popen[bytes]]]:
     """The gateway's port and process, with tokenizer and engine behind it."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    tokenizer, gateway, worker = (f"unix:{folder}/{name}.sock" for name in ("tok", "gateway", "worker"))
+    tokenizer, gateway = f"unix:{folder}/tokenizer.sock", f"unix:{folder}/gateway.sock"
     me = [sys.executable, "-m", "tests.bench.bench_gateway", "--role"]
-    flags = [
-        "--http-host",
-        "127.0.0.1",
-        "--http-port",
-        str(port),
-        "--listen",
-        gateway,
-        "--tokenizer",
-        tokenizer,
-    ]
-    flags += ["--log-level", "warning", "--max-waiting", str(MAX_STREAMS)]
-    flags += ["--workers", str(num_workers)] if num_workers > 1 else []
+    flags = ["--http-host", "127.0.0.1", "--http-port", str(port), "--listen", gateway]
+    flags += ["--tokenizer", tokenizer, "--log-level", "warning", "--max-waiting", str(MAX_STREAMS)]
+    flags += ["--workers", str(options.workers)]
+    pinned = ["taskset", "-c", options.gateway_cpus] if options.gateway_cpus else []
+    engine = (gateway, str(step_seconds), str(folder / "clocks"))
     commands = [
         [*me, "tokenizer", tokenizer],
-        [sys.executable, "-m", "gateway", *flags],
-        [*me, "worker", worker, gateway, str(step_seconds), str(folder / "clocks")],
+        [*pinned, sys.executable, "-m", "gateway", *flags],
+        *([*me, "worker", f"unix:{folder}/{index}.sock", *engine] for index in range(options.engines)),
     ]
     env = {**os.environ, "GRPC_VERBOSITY": "ERROR"}
     processes = [subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL) for command in commands]
@@ -237,19 +230,18 @@ def is_ready(port: int) -> bool:
     return False
 
 
-def measure(title: str, num_workers: int, num_streams: int, step_seconds: float, seconds: float) -> None:
+def measure(title: str, options: argparse.Namespace, num_streams: int, step_seconds: float) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         clocks = Clocks(folder / "clocks")
-        with stack(folder, num_workers, step_seconds) as (port, gateway):
+        with stack(folder, options, step_seconds) as (port, gateway):
             uvloop.run(Clients(port, clocks).run(num_streams, 1.0))
             clients, before = Clients(port, clocks), cpu_seconds(family(gateway.pid))
-            rate = uvloop.run(clients.run(num_streams, seconds))
+            rate = uvloop.run(clients.run(num_streams, options.seconds))
             spent = (cpu_seconds(family(gateway.pid)) - before) / clients.num_done
     delays = statistics.quantiles(clients.delays, n=100)
-    print(
-        f"{title}: {num_workers} process(es), {num_streams} streams, a token each {step_seconds * 1e3:g} ms"
-    )
+    pace = f"{num_streams} streams, a token each {step_seconds * 1e3:g} ms"
+    print(f"{title}: {options.workers} process(es), {pace}")
     print(f"  added to a token   p50 {delays[49] * 1e3:.2f} ms, p99 {delays[98] * 1e3:.2f} ms")
     print(f"  first token        p50 {statistics.median(clients.first) * 1e3:.1f} ms after the request")
     print(f"  throughput         {rate:.0f} requests/s, {rate * COMPLETION_TOKENS:.0f} tokens/s")
@@ -261,6 +253,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--streams", type=int, default=512)
     parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--engines", type=int, default=2)
+    parser.add_argument("--gateway-cpus", help="cores for the gateway alone, as in 0,1")
     parser.add_argument("--role", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     match options.role:
@@ -269,8 +263,8 @@ def main() -> None:
         case ["worker", listen, scheduler, step, clocks]:
             uvloop.run(run_worker(listen, scheduler, float(step), Path(clocks)))
         case _:
-            measure("latency", options.workers, LATENCY_STREAMS, LATENCY_STEP_SECONDS, options.seconds)
-            measure("throughput", options.workers, options.streams, 0.01, options.seconds)
+            measure("latency", options, LATENCY_STREAMS, LATENCY_STEP_SECONDS)
+            measure("throughput", options, options.streams, 0.01)
 
 
 if __name__ == "__main__":
