@@ -10,6 +10,8 @@ from tests.fakes_model import HashModel
 from tests.gpu_worker.naive_engine import complete, prompt_logprobs
 from tests.gpu_worker.schedules import MAX_LEN, Run, random_engine, random_params, random_prompt
 
+# Completion 0 is preempted before its sibling copies the last block of their prompt.
+SIBLING_AFTER_PREEMPTION = 1010
 NUM_SCHEDULES = 160  # as many as fit a test run; `python -m tests.bench.soak_engine` plays thousands
 
 
@@ -56,3 +58,7 @@ def check(request: Request, run: Run, *, is_aborted: bool) -> int:
 def test_every_schedule_gives_what_the_naive_engine_gives(part):
     compared = sum(play_schedule(seed) for seed in range(part, NUM_SCHEDULES, 4))
     assert compared > NUM_SCHEDULES // 4  # most are not aborted
+
+
+def test_a_sibling_of_a_preempted_completion_does_not_copy_what_is_not_there():
+    assert play_schedule(SIBLING_AFTER_PREEMPTION) > 0
