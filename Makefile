@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test acceptance acceptance-here acceptance-apart lint format protos demo stop gpu bench size clean
+.PHONY: help install test acceptance acceptance-here acceptance-apart lint format protos demo stop gpu bench bench-cpu size clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -61,6 +61,14 @@ gpu: $(INSTALLED) ## the tests that need an NVIDIA GPU and CuPy
 
 bench: $(INSTALLED) ## every tests/bench/bench_*.py, one after another
 	@for file in tests/bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+
+# llama.cpp is built from source by pip, in an environment of its own: some minutes, gcc and cmake needed.
+PEER := .peer
+bench-cpu: $(INSTALLED) ## tokens/s on this CPU beside llama.cpp's, the demo model, one run; PEER= leaves llama.cpp out
+	$(BIN)/python -m wint2.demo --output .demo
+	@test -z "$(PEER)" || test -x $(PEER)/bin/python || $(PYTHON) -m venv $(PEER)
+	@test -z "$(PEER)" || $(PEER)/bin/pip install --quiet llama-cpp-python numpy
+	$(BIN)/python -m tests.bench.bench_cpu $(if $(PEER),--peer $(PEER)) $(ARGS)
 
 bench-gateway: $(INSTALLED) ## requests/s, CPU a request and added latency of the gateway, over an engine that echoes
 	$(BIN)/python -m tests.bench.bench_gateway

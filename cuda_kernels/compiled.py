@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 try:
-    from cuda_kernels.cpu import ops
+    from cuda_kernels.cpu import ops, warm_up
 except ImportError:
-    ops = None  # type: ignore[assignment]
+    ops = warm_up = None  # type: ignore[assignment]
 
 cpu = ops
 
@@ -15,3 +15,8 @@ cpu = ops
 def has_compiled(x: torch.Tensor) -> bool:
     """Whether the compiled row operations take this tensor: on a CPU, float32, rows of whole vectors."""
     return cpu is not None and cpu.fits(x)
+
+
+def compile_kernels() -> float:
+    """Compile all of it that is not in Numba's cache; the seconds it took."""
+    return warm_up.compile_kernels()
