@@ -7,6 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cuda_kernels.formats.threads import use_threads
+
 _LANES = 64
 
 Floats = NDArray[np.float32]
@@ -16,6 +18,7 @@ Ints = NDArray[np.int32]
 def nearest(targets: Tensor, books: Tensor) -> tuple[Tensor, Tensor]:
     """`search.nearest` for d = 4: f32 [R, 4, N], f32 [1 or R, C, 4] -> int32 [R, N], f32 [R, N]."""
     rows, _, columns = targets.shape
+    use_threads(rows * columns * books.shape[1])
     index, score = np.empty((rows, columns), np.int32), np.empty((rows, columns), np.float32)
     _nearest(targets.contiguous().numpy(), books.contiguous().numpy(), index, score)
     return torch.from_numpy(index), torch.from_numpy(score)
@@ -25,6 +28,7 @@ def sweep(
     targets: Tensor, scale: Tensor, book: Tensor, factors: Tensor, coupling: Tensor, reference: Tensor | None
 ) -> Tensor:
     """`search.sweep`; a tile of columns stays in the first-level cache for the whole group."""
+    use_threads(factors.shape[0] * targets.shape[1] * len(book))
     index = np.empty((factors.shape[0], targets.shape[1]), np.int32)
     origin = targets if reference is None else reference
     parts = (scale, book, book @ factors.mT, factors, coupling, origin)

@@ -6,6 +6,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cuda_kernels.formats.threads import use_threads
+
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
 Longs = NDArray[np.int64]
@@ -13,6 +15,7 @@ Longs = NDArray[np.int64]
 
 def viterbi(targets: Tensor, weights: Tensor, start: Tensor, levels: Tensor) -> Tensor:
     """`trellis.viterbi`; `levels` f32 [65536]."""
+    use_threads(targets.numel() * len(levels))
     symbols = np.empty(tuple(targets.shape), np.uint8)
     columns = targets.T.contiguous().numpy()
     _viterbi(columns, weights.contiguous().numpy(), start.contiguous().numpy(), levels.numpy(), symbols)
