@@ -7,20 +7,16 @@ import uuid
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from google.protobuf.struct_pb2 import Struct
-
 from gateway.fields import MAX_STOPS
 from gateway.requests import Event, Finished, Prompt, Started, TextPiece, TextRequest
 from gateway.settings import GatewaySettings
 from protos.rpc.errors import InvalidArgumentError
 from protos.wint2.common.v1.common_pb2 import SamplingParams
 from protos.wint2.gateway.v1 import gateway_pb2 as pb
-from protos.wint2.tokenizer.v1.tokenizer_pb2 import ApplyChatTemplateRequest
 
 GenerateRequest = pb.GenerateRequest | pb.GenerateStreamRequest
 ChatRequest = pb.ChatRequest | pb.ChatStreamRequest
 
-ROLES = ("system", "user", "assistant")
 MAX_BATCH = 1024
 
 
@@ -35,17 +31,6 @@ def generate(
     if not prompt:
         raise InvalidArgumentError("the prompt is empty", field=kind)
     return text_request("cmpl", request, prompt, time_remaining, settings)
-
-
-def chat(request: ChatRequest, time_remaining: float | None, settings: GatewaySettings) -> TextRequest:
-    """As `generate`."""
-    if not request.messages:
-        raise InvalidArgumentError("at least one message is required", field="messages")
-    template = ApplyChatTemplateRequest(
-        messages=[template_message(*numbered) for numbered in enumerate(request.messages)],
-        template_kwargs=request.chat_template_kwargs,
-    )
-    return text_request("chatcmpl", request, template, time_remaining, settings)
 
 
 def text_request(
@@ -100,17 +85,6 @@ def check_batch(items: Sequence[object], field: str) -> None:
         )
 
 
-def template_message(index: int, message: pb.ChatMessage) -> Struct:
-    if message.role not in ROLES:
-        raise InvalidArgumentError(
-            f'is "{message.role:.50}"; it must be "system", "user" or "assistant"',
-            field=f"messages.{index}.role",
-        )
-    result = Struct()
-    result.update({"role": message.role, "content": message.content})
-    return result
-
-
 def event_field(event: Event) -> dict[str, Any]:
     """The event under its name in the oneof of a stream's messages."""
     if isinstance(event, TextPiece):
@@ -122,19 +96,18 @@ def event_field(event: Event) -> dict[str, Any]:
     return {"start": start(event)} if isinstance(event, Started) else {"finish": finish(event)}
 
 
-def completions(events: Iterable[Event]) -> list[pb.Completion]:
-    """A request's events put together, by index."""
+def completions(messages: Iterable[dict[str, Any]]) -> list[pb.Completion]:
+    """What a stream would have been sent, put together by index."""
     folded: dict[int, pb.Completion] = {}
-    for event in events:
-        completion = folded.setdefault(event.index, pb.Completion())
-        if isinstance(event, TextPiece):
-            completion.text += event.text
-            completion.token_ids.extend(event.token_ids)
-            completion.logprobs.extend(event.logprobs)
-        elif isinstance(event, Started):
-            completion.start.CopyFrom(start(event))
+    for kind, message in (item for fields in messages for item in fields.items()):
+        completion = folded.setdefault(message.index, pb.Completion())
+        if kind == "delta":
+            completion.text += message.text
+            completion.reasoning += message.reasoning
+            for name in ("token_ids", "logprobs", "tool_calls"):
+                getattr(completion, name).extend(getattr(message, name))
         else:
-            completion.finish.CopyFrom(finish(event))
+            getattr(completion, kind).CopyFrom(message)
     return [folded[index] for index in sorted(folded)]
 
 

@@ -5,13 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
+from typing import Any
 
 from gateway import grpc_messages as messages
 from gateway.access import logged
+from gateway.chat_parser import ChatSyntax
+from gateway.chat_schemas import ChatCompletionRequest
+from gateway.chat_view import chat_syntax
 from gateway.deadline import within
+from gateway.grpc_chat import Answers, read_chat
 from gateway.pipeline import Pipeline
 from gateway.readiness import Readiness
-from gateway.requests import Event, TextRequest
+from gateway.requests import EncodedPrompt, TextRequest
 from gateway.settings import GatewaySettings
 from protos.rpc.interceptor import Context
 from protos.rpc.server import Service
@@ -35,27 +41,29 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
 
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> pb.GenerateResponse:
         taken = messages.generate(request, context.time_remaining(), self._settings)
-        return pb.GenerateResponse(completions=await self._fold(taken))
+        async with aclosing(self._run(taken)) as fields:
+            return pb.GenerateResponse(completions=messages.completions([each async for each in fields]))
 
     async def GenerateStream(
         self, request: pb.GenerateStreamRequest, context: Context
     ) -> AsyncIterator[pb.GenerateStreamResponse]:
         taken = messages.generate(request, context.time_remaining(), self._settings)
-        async with aclosing(self._run(taken)) as events:
-            async for event in events:
-                yield pb.GenerateStreamResponse(**messages.event_field(event))
+        async with aclosing(self._run(taken)) as fields:
+            async for each in fields:
+                yield pb.GenerateStreamResponse(**each)
 
     async def Chat(self, request: pb.ChatRequest, context: Context) -> pb.ChatResponse:
-        taken = messages.chat(request, context.time_remaining(), self._settings)
-        return pb.ChatResponse(completions=await self._fold(taken))
+        body, taken = read_chat(request, context.time_remaining(), self._settings)
+        async with aclosing(self._run(taken, body)) as fields:
+            return pb.ChatResponse(completions=messages.completions([each async for each in fields]))
 
     async def ChatStream(
         self, request: pb.ChatStreamRequest, context: Context
     ) -> AsyncIterator[pb.ChatStreamResponse]:
-        taken = messages.chat(request, context.time_remaining(), self._settings)
-        async with aclosing(self._run(taken)) as events:
-            async for event in events:
-                yield pb.ChatStreamResponse(**messages.event_field(event))
+        body, taken = read_chat(request, context.time_remaining(), self._settings)
+        async with aclosing(self._run(taken, body)) as fields:
+            async for each in fields:
+                yield pb.ChatStreamResponse(**each)
 
     async def ListModels(self, request: pb.ListModelsRequest, context: Context) -> pb.ListModelsResponse:
         return pb.ListModelsResponse(models=self._readiness.models())
@@ -78,19 +86,25 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         )
         return pb.DetokenizeResponse(texts=await within(self._timeout(context), texts))
 
-    async def _fold(self, request: TextRequest) -> list[pb.Completion]:
-        async with aclosing(self._run(request)) as events:
-            return messages.completions([event async for event in events])
-
-    async def _run(self, request: TextRequest) -> AsyncGenerator[Event]:
-        """The request's events; its access line when they end."""
+    async def _run(
+        self, request: TextRequest, body: ChatCompletionRequest | None = None
+    ) -> AsyncGenerator[dict[str, Any]]:
+        """Fields of a stream's messages; the access line when they end."""
         with logged(request.request_id) as access:
             prompts = await self._pipeline.encode(request)
             access.num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+            syntax = ChatSyntax() if body is None else await self._syntax(body, prompts[0])
+            answers = Answers(syntax, is_parallel=body is None or body.parallel_tool_calls is not False)
+            # Tags may be special tokens of the vocabulary.
+            request = replace(request, skip_special_tokens=syntax.is_plain)
             async with aclosing(self._pipeline.run(request, prompts)) as events:
                 async for event in events:
                     access.on_event(event)
-                    yield event
+                    for fields in answers.add(event):
+                        yield fields
+
+    async def _syntax(self, body: ChatCompletionRequest, prompt: EncodedPrompt) -> ChatSyntax:
+        return chat_syntax(body, prompt, await self._pipeline.tokenizer.chat_template())
 
     def _timeout(self, context: Context) -> float:
         remaining = context.time_remaining()
