@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
 import grpc
@@ -74,6 +75,18 @@ async def test_keys_of_a_file_change_without_a_restart(tmp_path) -> None:
 
 def bearer(key: str) -> dict[str, str]:
     return {"authorization": f"Bearer {key}"}
+
+
+async def test_keys_are_in_no_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    async with serving_stack(api_key=("s3cret-key",)) as (made, _):
+        await made.http.get("/v1/models", headers=bearer("s3cret-key"))
+        await made.http.get("/v1/models", headers=bearer("wr0ng-key"))
+    messages = [
+        record.getMessage() for record in caplog.records if record.name.startswith(("gateway", "protos"))
+    ]
+    assert any("/v1/models" in message for message in messages)
+    assert not any("s3cret" in message or "wr0ng" in message for message in messages)
 
 
 async def test_cors_is_off_by_default_and_can_be_on() -> None:

@@ -386,3 +386,16 @@ async def test_end_of_sequence_ends_unless_ignored():
         assert finish.stop_token_id == EOS
         _, ids, _ = await collect(stub.Generate(request(ignore_eos=False, min_tokens=3, **biased)))
         assert len(ids) > 3
+
+
+async def test_tokens_gather_for_a_request_that_asks_for_it():
+    async with worker(model=SlowModel()) as (stub, _):
+        eager, patient = request(max_tokens=12), request(max_tokens=12)
+        patient.min_delta_interval_ms = 100
+        one_by_one, gathered = [
+            [list(r.delta.token_ids) async for r in stub.Generate(asked) if r.HasField("delta")]
+            for asked in (eager, patient)
+        ]
+        assert [one for run in gathered for one in run] == [one for run in one_by_one for one in run]
+        assert len(gathered[0]) == 1  # the first token does not wait
+        assert len(gathered) < len(one_by_one)
