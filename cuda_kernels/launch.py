@@ -4,11 +4,13 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from cuda_kernels import driver
 from cuda_kernels.build import Variant, device_arch, load_or_build
+
+_SHARED_BYTES_ALLOWED = 48 * 1024  # of every kernel without asking
 
 Argument = Tensor | int | float | None
 Grid = tuple[int, int]
@@ -19,6 +21,7 @@ class Device(Protocol):
 
     num_multiprocessors: int
     shared_bytes: int  # the most one CTA may have
+    has_warpgroup_products: bool  # wgmma, which Hopper alone has
 
     def launch(
         self,
@@ -28,8 +31,22 @@ class Device(Protocol):
         threads: int,
         shared_bytes: int,
         arguments: Sequence[Argument],
+        *,
+        overlaps: bool = False,
     ) -> None:
-        """Starts one kernel; tensors go as pointers, ints as int32, floats as float32, None as null."""
+        """Starts one kernel; tensors go as pointers, ints as int32, floats as float32, None as null.
+
+        One that `overlaps` may start before the kernel before it has ended, and waits for it by itself.
+        """
+
+
+class _Loaded:
+    """A kernel, the most shared memory it was allowed so far, and the module that must live as long."""
+
+    def __init__(self, function: Any) -> None:
+        self.function = function
+        self.pointer: int = function.kernel.ptr
+        self.shared_bytes = _SHARED_BYTES_ALLOWED
 
 
 class CudaDevice:
@@ -39,9 +56,11 @@ class CudaDevice:
         properties = torch.cuda.get_device_properties(index)
         self.num_multiprocessors: int = properties.multi_processor_count
         self.shared_bytes: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+        self.has_warpgroup_products: bool = properties.major == 9
         self._index = index
+        self._can_overlap = properties.major >= 9
         self._arch = device_arch((properties.major, properties.minor))
-        self._kernels: dict[tuple[Variant, str], Any] = {}
+        self._kernels: dict[tuple[Variant, str], _Loaded] = {}
 
     def launch(
         self,
@@ -51,24 +70,30 @@ class CudaDevice:
         threads: int,
         shared_bytes: int,
         arguments: Sequence[Argument],
+        *,
+        overlaps: bool = False,
     ) -> None:
+        function = self._function(variant, kernel, shared_bytes)
+        stream = torch.cuda.current_stream(self._index).cuda_stream
+        overlaps = overlaps and self._can_overlap
+        driver.launch(function, grid, threads, shared_bytes, stream, arguments, overlaps=overlaps)
+
+    def _function(self, variant: Variant, kernel: str, shared_bytes: int) -> int:
+        """The CUfunction, loaded on first use, allowed that much shared memory."""
+        loaded = self._kernels.get((variant, kernel))
+        if loaded is None:
+            loaded = self._kernels[variant, kernel] = _Loaded(self._load(variant, kernel))
+        if shared_bytes > loaded.shared_bytes:
+            driver.allow_shared_bytes(loaded.pointer, shared_bytes)
+            loaded.shared_bytes = shared_bytes
+        return loaded.pointer
+
+    def _load(self, variant: Variant, kernel: str) -> Any:
         import cupy
 
-        stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(self._index).cuda_stream, self._index)
-        packed = tuple(_cuda_argument(argument) for argument in arguments)
-        with cupy.cuda.Device(self._index), stream:
-            function = self._kernel(variant, kernel)
-            if shared_bytes > function.max_dynamic_shared_size_bytes:
-                function.max_dynamic_shared_size_bytes = shared_bytes
-            function((*grid, 1), (threads, 1, 1), packed, shared_mem=shared_bytes)
-
-    def _kernel(self, variant: Variant, kernel: str) -> Any:
-        if (variant, kernel) not in self._kernels:
-            import cupy
-
+        with cupy.cuda.Device(self._index):
             module = cupy.RawModule(path=str(load_or_build(variant, self._arch)))
-            self._kernels[variant, kernel] = module.get_function(kernel)
-        return self._kernels[variant, kernel]
+            return module.get_function(kernel)
 
 
 @cache
@@ -87,15 +112,3 @@ def check(name: str, tensor: Tensor, shape: Sequence[int | None], dtypes: Sequen
         raise ValueError(
             f"{name}: expected contiguous {kinds} [{wanted}], got {tensor.dtype} {list(tensor.shape)}{layout}"
         )
-
-
-def _cuda_argument(argument: Argument) -> Any:
-    match argument:
-        case Tensor():
-            return argument.data_ptr()
-        case None:
-            return 0
-        case float():
-            return np.float32(argument)
-        case int():
-            return np.int32(argument)

@@ -4,18 +4,23 @@ T tokens, D hidden, F expert intermediate, E experts, A experts a token, R = T·
 """
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 from torch import Tensor
 
 from cuda_kernels.build import Variant
+from cuda_kernels.expert_gemm import SortedRows, choose_gemm_tiling, gemm_projection
 from cuda_kernels.formats import ccq, layout
 from cuda_kernels.launch import Argument, Device, check, cuda_device
 from cuda_kernels.packing import PackedWint2, code_points, unpack_codes, unpack_local_scales
 
+MAX_DECODE_TOKENS = 64  # more go to csrc/expert_gemm.cu
+
 _WARPS, _THREADS = 16, 512
 _SLOT_BYTES = 1152  # of one warp's ring: one 128-step of a pair
-_MAX_STAGES = 6
+_STAGES = 3  # of the ring; more gain nothing
+_MAX_SORTED_HERE = 128  # routed rows that a projection sorts by itself
 
 
 def moe_wint2(
@@ -90,7 +95,6 @@ class Tiling:
 
     warps_k: int
     rows: int  # of a token tile
-    stages: int
     passes: int
     shared_bytes: int
 
@@ -102,37 +106,33 @@ class Tiling:
 def choose_tiling(num_tokens: int, num_steps: int, shared_limit: int) -> Tiling:
     """The tiling for at most `num_tokens` rows an expert and `num_steps` 128-steps of K.
 
-    Rows: the smallest tile that holds one row a token, up to 16. Warps along K: a divisor of the steps if
-    there is one, so that no warp waits. Passes: as few as let a tile's activations fit beside three stages.
+    Rows: the smallest tile that holds one row a token, up to 8. Warps along K: 8 if that divides the steps,
+    so that no warp waits, else 4. Passes: as few as let a tile's activations fit.
     """
-    rows = next((n for n in (1, 2, 4, 8) if num_tokens <= n), 16)
-    choices = (8, 4) if rows <= 8 else (4,)
-    warps_k = next((n for n in choices if num_steps % n == 0), choices[-1])
+    rows = next((n for n in (1, 2, 4) if num_tokens <= n), 8)
+    warps_k = 4 if num_steps % 8 else 8
     for passes in range(1, num_steps + 1):
-        for stages in range(_MAX_STAGES, 2, -1):
-            needed = _shared_bytes(warps_k, rows, stages, -(-num_steps // passes))
-            if needed <= shared_limit:
-                return Tiling(warps_k, rows, stages, passes, needed)
+        needed = _shared_bytes(warps_k, rows, -(-num_steps // passes))
+        if needed <= shared_limit:
+            return Tiling(warps_k, rows, passes, needed)
     raise ValueError(f"{shared_limit} bytes of shared memory hold no tile of {rows} rows")
 
 
-def _shared_bytes(warps_k: int, rows: int, stages: int, steps: int) -> int:
-    token_tiles = -(-rows // 8)
-    splits = 4 * warps_k // _WARPS
-    partial = token_tiles * _WARPS * (256 + 32 // splits) * 4
-    activations = steps * (128 * token_tiles + 256 * rows) + rows * 4
-    return _WARPS * stages * _SLOT_BYTES + 16 + partial + activations
+def _shared_bytes(warps_k: int, rows: int, steps: int) -> int:
+    rings = _WARPS * _STAGES * _SLOT_BYTES
+    partials = 2 * _WARPS * (256 + 128 // warps_k) * 4
+    activations = steps * (128 + 256 * rows) + rows * 4
+    sorted_here = 5 * _MAX_SORTED_HERE * 4 + 4
+    return rings + 64 + partials + activations + sorted_here
 
 
 def projection_variants() -> list[Variant]:
-    """Every variant that `choose_tiling` may ask for on a device with Hopper's shared memory."""
-    tilings = {(8, rows, stages) for rows in (1, 2, 4, 8) for stages in (3, _MAX_STAGES)}
-    tilings |= {(4, rows, stages) for rows in (1, 8, 16) for stages in (3, _MAX_STAGES)}
-    return [_variant(gated, *tiling) for gated in (False, True) for tiling in sorted(tilings)]
+    """Every variant that `choose_tiling` may ask for."""
+    return [_variant(*shape) for shape in product((False, True), (8, 4), (1, 2, 4, 8))]
 
 
-def _variant(is_gated: bool, warps_k: int, rows: int, stages: int) -> Variant:
-    defines = {"GATED": int(is_gated), "WARPS_K": warps_k, "ROWS": rows, "STAGES": stages}
+def _variant(is_gated: bool, warps_k: int, rows: int) -> Variant:
+    defines = {"GATED": int(is_gated), "WARPS_K": warps_k, "ROWS": rows, "STAGES": _STAGES}
     return Variant("moe_wint2", tuple(defines.items()))
 
 
@@ -144,71 +144,102 @@ def launch_moe_wint2(
     up_gate: PackedWint2,
     down: PackedWint2,
 ) -> Tensor:
-    """The same by the kernels, four launches and no synchronisation."""
-    (num_tokens, width), num_routed = hidden_TD.shape, ids_TA.numel()
-    new = hidden_TD.new_empty
-    tiling = choose_tiling(num_tokens, up_gate.num_steps, device.shared_bytes)
-    down_tiling = choose_tiling(num_tokens, down.num_steps, device.shared_bytes)
-    routed = _Routed(
-        sorted=new(num_routed, dtype=torch.int32),
-        tiles=new((_max_tiles(num_routed, up_gate.num_experts, tiling.rows), 4), dtype=torch.int32),
-        num_tiles=new(1, dtype=torch.int32),
-        hidden_max=new(num_tokens, dtype=torch.int32),
-        h_max=new(num_routed, dtype=torch.int32),
-        experts_per_token=ids_TA.shape[1],
-    )
-    h_RF = new((num_routed, up_gate.num_features))
-    y_RD = new((num_routed, width), dtype=torch.float32)
-    out_TD = new((num_tokens, width))
-    routing = Variant("routing")
-    sort_bytes = (33 * up_gate.num_experts + 1) * 4
-    dispatch: list[Argument] = [ids_TA, num_routed, up_gate.num_experts, tiling.rows, hidden_TD, width // 2]
-    dispatch += [routed.sorted, routed.tiles, routed.num_tiles, routed.hidden_max, routed.h_max]
-    device.launch(routing, "dispatch", (1 + num_tokens, 1), 1024, max(sort_bytes, 128), dispatch)
-    _project(device, up_gate, tiling, routed, hidden_TD, routed.hidden_max, h_RF, None)
-    _project(device, down, down_tiling, routed, h_RF, routed.h_max, y_RD, weights_TA)
+    """The same by the kernels, without synchronisation: three launches for few tokens, six for many."""
+    num_routed, width = ids_TA.numel(), hidden_TD.shape[1]
+    h_RF = hidden_TD.new_empty((num_routed, up_gate.num_features))
+    y_RD = hidden_TD.new_empty((num_routed, width), dtype=torch.float32)
+    run = _launch_many if hidden_TD.shape[0] > MAX_DECODE_TOKENS else _launch_few
+    run(device, hidden_TD, ids_TA, weights_TA, up_gate, down, h_RF, y_RD)
+    out_TD = torch.empty_like(hidden_TD)
     combine: list[Argument] = [y_RD, out_TD, width, ids_TA.shape[1]]
-    device.launch(routing, "combine", (num_tokens, -(-width // 1024)), 256, 0, combine)
+    grid = hidden_TD.shape[0], -(-width // 1024)
+    device.launch(Variant("routing"), "combine", grid, 256, 0, combine, overlaps=True)
     return out_TD
 
 
+def _launch_few(
+    device: Device,
+    hidden_TD: Tensor,
+    ids_TA: Tensor,
+    weights_TA: Tensor,
+    up_gate: PackedWint2,
+    down: PackedWint2,
+    h_RF: Tensor,
+    y_RD: Tensor,
+) -> None:
+    num_tokens = hidden_TD.shape[0]
+    tiling = choose_tiling(num_tokens, up_gate.num_steps, device.shared_bytes)
+    down_tiling = choose_tiling(num_tokens, down.num_steps, device.shared_bytes)
+    routed = route_rows(device, ids_TA, up_gate.num_experts, tiling.rows)
+    project(device, up_gate, tiling, routed, hidden_TD, h_RF, None)
+    project(device, down, down_tiling, routed, h_RF, y_RD, weights_TA)
+
+
+def _launch_many(
+    device: Device,
+    hidden_TD: Tensor,
+    ids_TA: Tensor,
+    weights_TA: Tensor,
+    up_gate: PackedWint2,
+    down: PackedWint2,
+    h_RF: Tensor,
+    y_RD: Tensor,
+) -> None:
+    tiling = choose_gemm_tiling(ids_TA.numel(), up_gate.num_experts, device)
+    rows = sort_rows(device, ids_TA, up_gate.num_experts, tiling.tokens)
+    gemm_projection(device, up_gate, tiling, rows, hidden_TD, h_RF, None)
+    gemm_projection(device, down, tiling, rows, h_RF, y_RD, weights_TA)
+
+
 @dataclass(frozen=True, eq=False)
-class _Routed:
-    """What dispatch writes."""
+class Routed:
+    """Routed rows by expert; few of them are left for the projections to sort."""
 
-    sorted: Tensor
-    tiles: Tensor
-    num_tiles: Tensor
-    hidden_max: Tensor
-    h_max: Tensor
-    experts_per_token: int
+    ids_TA: Tensor
+    max_tiles: int
+    rows: SortedRows | None
 
 
-def _max_tiles(num_routed: int, num_experts: int, rows: int) -> int:
-    return min(num_routed, num_experts + num_routed // rows)
+def route_rows(device: Device, ids_TA: Tensor, num_experts: int, tile_rows: int) -> Routed:
+    if ids_TA.numel() > _MAX_SORTED_HERE:
+        rows = sort_rows(device, ids_TA, num_experts, tile_rows)
+        return Routed(ids_TA, rows.tiles.shape[0], rows)
+    return Routed(ids_TA, _max_tiles(ids_TA.numel(), num_experts, tile_rows), None)
 
 
-def _project(
+def _max_tiles(num_routed: int, num_experts: int, tile_rows: int) -> int:
+    return min(num_routed, num_experts + num_routed // tile_rows)
+
+
+def sort_rows(device: Device, ids_TA: Tensor, num_experts: int, tile_rows: int) -> SortedRows:
+    num_routed = ids_TA.numel()
+    shapes = ((num_routed,), (_max_tiles(num_routed, num_experts, tile_rows), 4), (1,))
+    sorted_R, tiles, num_tiles = (ids_TA.new_empty(shape) for shape in shapes)
+    arguments: list[Argument] = [ids_TA, num_routed, num_experts, tile_rows, sorted_R, tiles, num_tiles]
+    device.launch(Variant("routing"), "dispatch", (1, 1), 1024, (33 * num_experts + 1) * 4, arguments)
+    return SortedRows(sorted_R, tiles, num_tiles, ids_TA.shape[1])
+
+
+def project(
     device: Device,
     packed: PackedWint2,
     tiling: Tiling,
-    routed: _Routed,
+    routed: Routed,
     rows: Tensor,
-    rows_max: Tensor,
     out: Tensor,
     expert_weights: Tensor | None,
 ) -> None:
     panels = -(-packed.num_pairs // tiling.warps_n)
     grid = device.num_multiprocessors
-    panels_kept = min(panels, -(-routed.tiles.shape[0] * panels // grid) + 1)
-    token_tiles = -(-tiling.rows // 8)
-    scratch_shape = (grid, panels_kept, token_tiles, 4, 256) if tiling.passes > 1 else (1,)
+    panels_kept = min(panels, -(-routed.max_tiles * panels // grid) + 1)
+    scratch_shape = (grid, panels_kept, 4, 256) if tiling.passes > 1 else (1,)
     strides = (16, 2) if packed.k_order == "natural" else (2, 8)
     arguments: list[Argument] = [packed.records, packed.channels, packed.arithmetic, packed.super_scales]
-    arguments += [packed.num_pairs, packed.num_steps]
-    arguments += [rows, rows_max, rows.shape[1], rows.shape[1], *strides]
-    arguments += [routed.sorted, routed.experts_per_token, routed.tiles, routed.num_tiles]
-    arguments += [out, routed.h_max, expert_weights, out.new_empty(scratch_shape, dtype=torch.float32)]
+    arguments += [packed.num_pairs, packed.num_steps, rows, rows.shape[1], rows.shape[1], *strides]
+    arguments += [routed.ids_TA, routed.ids_TA.numel(), routed.ids_TA.shape[1]]
+    arguments += routed.rows.arguments if routed.rows else [None, None, None]
+    arguments += [out, expert_weights, out.new_empty(scratch_shape, dtype=torch.float32)]
     arguments += [packed.num_features, panels_kept, tiling.passes]
-    variant = _variant(packed.is_gated, tiling.warps_k, tiling.rows, tiling.stages)
-    device.launch(variant, "expert_projection", (grid, 1), _THREADS, tiling.shared_bytes, arguments)
+    variant = _variant(packed.is_gated, tiling.warps_k, tiling.rows)
+    kernel, shared = "expert_projection", tiling.shared_bytes
+    device.launch(variant, kernel, (grid, 1), _THREADS, shared, arguments, overlaps=True)

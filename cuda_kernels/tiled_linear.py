@@ -135,10 +135,9 @@ def _sort(device: Device, ids_TA: Tensor, num_experts: int, tile_rows: int) -> t
     """Routed rows by expert: (token·A + slot of each [R], tiles (expert, first, rows, -), how many)."""
     num_routed = ids_TA.numel()
     max_tiles = min(num_routed, num_experts + num_routed // tile_rows)
-    sorted_R, scratch_R = ids_TA.new_empty(num_routed), ids_TA.new_empty(num_routed)
+    sorted_R = ids_TA.new_empty(num_routed)
     tiles, num_tiles = ids_TA.new_empty((max_tiles, 4)), ids_TA.new_empty(1)
-    arguments: list[Argument] = [ids_TA, num_routed, num_experts, tile_rows, None, 0]
-    arguments += [sorted_R, tiles, num_tiles, None, scratch_R]
+    arguments: list[Argument] = [ids_TA, num_routed, num_experts, tile_rows, sorted_R, tiles, num_tiles]
     device.launch(Variant("routing"), "dispatch", (1, 1), 1024, (33 * num_experts + 1) * 4, arguments)
     return sorted_R, tiles, num_tiles
 

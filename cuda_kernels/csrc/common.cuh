@@ -68,6 +68,12 @@ DEVICE u32 fused_bfloat2(u32 a, u32 b, u32 c) {
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
     return d;
 }
+// a·b + c of both halves.
+DEVICE u32 fused_half2(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
 DEVICE float half_float(u16 x) {
     float d;
     asm("cvt.f32.f16 %0, %1;" : "=f"(d) : "h"(x));
@@ -79,6 +85,7 @@ struct __align__(16) Words4 {
     u32 x, y, z, w;
 };
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+DEVICE const u8* shared_bytes(u32 address) { return (const u8*)__cvta_shared_to_generic(address); }
 DEVICE Words4 load_shared16(u32 address) {
     Words4 d;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -131,6 +138,44 @@ DEVICE void mma_bfloat(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const f
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
+DEVICE void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
+
+// Programmatic dependent launch: a kernel launched to overlap starts while the one before it ends, and may touch
+// what that one writes only after waiting. Before Hopper a kernel starts when the one before it has ended.
+DEVICE void wait_for_earlier_kernels() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+DEVICE void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// A barrier in two halves: arriving does not wait, and waiting for a phase does not arrive. Phases count from zero.
+using SplitBarrier = u64;
+DEVICE void init_barrier(SplitBarrier* barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+DEVICE void arrive_at(SplitBarrier* barrier) {
+    asm volatile("{ .reg .b64 state; mbarrier.arrive.shared.b64 state, [%0]; }" ::"r"(shared_address(barrier))
+                 : "memory");
+}
+DEVICE void wait_for_phase(SplitBarrier* barrier, int phase) {
+    u32 done = 0;
+    while (!done) {
+#if __CUDA_ARCH__ >= 900
+        asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+#else
+        asm volatile("{ .reg .pred p; mbarrier.test_wait.parity.shared.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+#endif
+                     : "=r"(done)
+                     : "r"(shared_address(barrier)), "r"(phase & 1)
+                     : "memory");
+    }
+}
+
 // threadIdx.x, read anew: what is derived from it is not kept in registers across a hot loop.
 DEVICE int thread_index() {
     int x;
@@ -143,6 +188,7 @@ DEVICE void sync_warp() { __syncwarp(); }
 DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(~0u, x, lanes); }
 DEVICE u32 shuffle_xor(u32 x, int lanes) { return __shfl_xor_sync(~0u, x, lanes); }
 DEVICE u32 lanes_like_mine(u32 x) { return __match_any_sync(~0u, x); }
+DEVICE u32 largest_in_warp(u32 x) { return __reduce_max_sync(~0u, x); }
 DEVICE int popcount(u32 x) { return __popc(x); }
 DEVICE void atomic_max(u32* p, u32 x) { atomicMax(p, x); }
 // One more block has arrived; its earlier writes are seen by whoever counts later. The blocks that came before.

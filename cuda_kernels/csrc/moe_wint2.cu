@@ -17,292 +17,74 @@
 //
 // Compile-time parameters: GATED (a pair is gate and up: SwiGLU in registers; else two tiles of the down projection),
 // WARPS_K, ROWS, STAGES, WINT2_BFLOAT (wint2.cuh).
-#include "wint2.cuh"
+#include "expert_rows.cuh"
+#include "expert_stream.cuh"
 
-constexpr int WARPS = 16, THREADS = 32 * WARPS, WARPS_N = WARPS / WARPS_K;
-constexpr int TOKEN_TILES = (ROWS + 7) / 8;
 constexpr int SPLITS = 4 / WARPS_N;  // threads that share one output's sum over warps
 constexpr int ADDENDS = WARPS_K / SPLITS;
-constexpr int FRAGMENT_BYTES = ROWS * 64;  // of half a 64-group of the token tile
-constexpr int START_BYTES = TOKEN_TILES * 64;
-constexpr int SLOT = 1152;  // bytes of one step: two tiles' codes and their scales
 constexpr int PARTIAL = 256 + 32 / SPLITS;  // floats of one warp's sums, padded so that a sum's readers differ in bank
 static_assert(WARPS_N * WARPS_K == WARPS && SPLITS * WARPS_N == 4, "WARPS_K must be 4, 8 or 16");
 
-struct Weights {
-    const u8* records;          // [E, pairs] of (scales u32 [steps, 8], codes Words4 [steps, 2, 32])
-    const Words4* channels;     // [E, pairs, 8, 2]: A of rows g, g+8 of both tiles, then B
-    const u32* arithmetic;      // [E, pairs]: which Arithmetic A and B are for
-    const float* super_scales;  // [E, pairs, 2, 16]
-    int pairs, steps, panels;
-    DEVICE int code_offset() const { return (steps * 32 + 127) & ~127; }
-    DEVICE long record_bytes() const { return code_offset() + steps * 1024L; }
-};
-
-struct Rows {
-    const u16* values;     // bfloat [*, stride]
-    const u32* max_bits;   // largest magnitude of each row
-    const int* sorted;     // routed row -> token·num_experts_per_token + slot
-    int stride, length;    // elements; beyond `length` a row reads as zero
-    int experts_per_token;
-    int lane_stride, pair_stride;  // of a lane's row index inside a 64-group: the K order of the file
-    DEVICE int source(int routed) const { return GATED ? sorted[routed] / experts_per_token : routed; }
-};
-
-struct Tile {
-    int expert, first, rows, unused;
-};
-
-// This thread's lane, and its warp's place in a panel.
-DEVICE int my_lane() { return thread_index() % 32; }
-DEVICE int my_warp() { return thread_index() / 32; }
-DEVICE int my_warp_n() { return thread_index() / 32 / WARPS_K; }
-DEVICE int my_warp_k() { return thread_index() / 32 % WARPS_K; }
-
-// Where a pass begins and ends along K, in steps.
-struct Span {
-    int begin, end;
-};
-DEVICE Span pass_span(int pass, int pass_steps, int steps) {
-    return {pass * pass_steps, smaller((pass + 1) * pass_steps, steps)};
-}
-// One warp's part of it.
-DEVICE int own_steps(Span span) { return (span.end - span.begin - my_warp_k() + WARPS_K - 1) / WARPS_K; }
-
-// The CTA's run of units (tile, panel), and its panels in a tile.
-struct Share {
-    int begin, end, panels;
-    DEVICE int first_tile() const { return begin / panels; }
-    DEVICE bool has_tile(int tile) const { return tile * panels < end; }
-    DEVICE int first_panel(int tile) const { return tile * panels < begin ? begin - tile * panels : 0; }
-    DEVICE int last_panel(int tile) const { return smaller(end - tile * panels, panels); }
-};
-DEVICE Share my_share(int units, int panels) {
-    return {(int)((long)units * blockIdx.x / gridDim.x), (int)((long)units * (blockIdx.x + 1) / gridDim.x), panels};
-}
-
-// One warp's ring of weights on their way. The copies run STAGES - 1 steps ahead of the arithmetic, over panels, tiles
-// and experts alike.
-struct Stream {
-    Weights weights;
-    const Share& share;
-    const Tile* tiles;
-    int passes, pass_steps;
-    u32 ring_codes, ring_scales;  // this lane's, in the first of STAGES slots (codes Words4 [2, 32], scales u32 [32])
-    int tile, pass, panel;    // what the next copy belongs to,
-    int left;                 // how many steps of it remain to be copied by this warp,
-    const u8 *codes, *scales;  // and this lane's share of the next
-    int slot, free;           // bytes into the ring: the oldest step, and the one used last
-
-    DEVICE void start() {
-        tile = share.first_tile();
-        pass = 0;
-        panel = share.first_panel(tile);
-        seek();
-        slot = 0;
-        free = (STAGES - 1) * SLOT;
-        for (int i = 0; i < STAGES - 1; ++i) {
-            copy(i * SLOT);
-            if (--left == 0) advance();
-        }
-    }
-
-    DEVICE void advance() {
-        next_panel();
-        seek();
-    }
-
-    // Finds the first panel from here on of which this warp has a step. At the end of the work one block is copied
-    // again and again, so that the loop over steps need not know.
-    DEVICE void seek() {
-        for (; share.has_tile(tile); next_panel()) {
-            Span span = pass_span(pass, pass_steps, weights.steps);
-            int pair = panel * WARPS_N + my_warp_n();
-            left = own_steps(span);
-            if (left > 0 && pair < weights.pairs) {
-                point(((long)tiles[tile].expert * weights.pairs + pair) * weights.record_bytes(), span.begin + my_warp_k());
-                return;
-            }
-        }
-        left = 1;
-        point(0, 0);
-    }
-
-    DEVICE void point(long record, int step) {
-        scales = weights.records + record + step * 32 + my_lane() / 4 * 4;
-        codes = weights.records + record + weights.code_offset() + step * 1024L + my_lane() * 16;
-    }
-
-    DEVICE void next_panel() {
-        if (++panel < share.last_panel(tile)) return;
-        if (++pass == passes) {
-            pass = 0;
-            ++tile;
-        }
-        panel = share.first_panel(tile);
-    }
-
-    DEVICE void copy(int into) {
-        copy16(ring_codes + into, codes);
-        copy16<512>(ring_codes + into, codes);
-        copy4(ring_scales + into, scales);
-        commit_copies();
-        codes += WARPS_K * 1024;
-        scales += WARPS_K * 32;
-    }
-
-    // The oldest step's weights. The slot that was used last is filled again.
-    DEVICE void take(Words4 (&words)[2], u32& scale_word) {
-        wait_copies<STAGES - 2>();
-        copy(free);
-        words[0] = load_shared16(ring_codes + slot);
-        words[1] = load_shared16(ring_codes + slot + 512);
-        scale_word = load_shared4(ring_scales + slot);
-        free = slot;
-        slot = slot == (STAGES - 1) * SLOT ? 0 : slot + SLOT;
-    }
-};
-
-// A token tile's activations as B fragments, and what the accumulators start from.
-struct Activations {
-    Words4* fragments;  // [groups, 2, ROWS, 4]: the lane's values for two mma's
-    Floats4* starts;    // [groups, TOKEN_TILES, 4]: minus the offsets' share, twice (rows g and g+8)
-    float* inverse;     // [ROWS]: undoes the row's scale
-
-    // One thread takes a lane's sixteen values of one 64-group of one row.
-    DEVICE void stage(const Rows& rows, const Tile& tile, Span span) {
-        int count = (span.end - span.begin) * 2 * ROWS * 4;
-        for (int base = 0; base < count; base += THREADS) {
-            int index = base + threadIdx.x, t = index & 3, row = (index >> 2) % ROWS, group = index / (4 * ROWS);
-            bool live = index < count && row < tile.rows;
-            float offset = live ? stage_lane(rows, rows.source(tile.first + row), span, group, row, t) : 0.f;
-            offset += shuffle_xor(offset, 1);
-            offset += shuffle_xor(offset, 2);
-            if (live && t == 0) {
-                float* start = starts[(group * TOKEN_TILES + row / 8) * 4 + row % 8 / 2].v;
-                start[row & 1] = start[2 + (row & 1)] = -offset;
-            }
-        }
-        for (int row = threadIdx.x; row < tile.rows; row += THREADS) {
-            inverse[row] = 1.f / activation_scale(rows.max_bits[rows.source(tile.first + row)]);
-        }
-    }
-
-    DEVICE float stage_lane(const Rows& rows, int source, Span span, int group, int row, int t) {
-        float scale = activation_scale(rows.max_bits[source]);
-        const u16* values = rows.values + (long)source * rows.stride;
-        int first = (span.begin * 2 + group) * 64 + t * rows.lane_stride;
-        float x[16];
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            int k = first + i * rows.pair_stride;
-            u32 pair = k < rows.length ? *(const u32*)(values + k) : 0;
-            x[2 * i] = low_bfloat(pair) * scale;
-            x[2 * i + 1] = high_bfloat(pair) * scale;
-        }
-        float offset = 0.f;
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const float* a = x + 8 * half;  // the fields of codes 2·half and 2·half+1
-            Words4 words = {pack_activations(a[3] * FACTOR_ODD, a[7] * FACTOR_ODD),
-                            pack_activations(a[2] * FACTOR_EVEN, a[6] * FACTOR_EVEN),
-                            pack_activations(a[1] * FACTOR_ODD, a[5] * FACTOR_ODD),
-                            pack_activations(a[0] * FACTOR_EVEN, a[4] * FACTOR_EVEN)};
-            fragments[((group * 2 + half) * ROWS + row) * 4 + t] = words;
-            offset += OFFSET_ODD * (rounded_sum(words.x) + rounded_sum(words.z));
-            offset += OFFSET_EVEN * (rounded_sum(words.y) + rounded_sum(words.w));
-        }
-        return offset;
-    }
-
-    DEVICE float rounded_sum(u32 pair) { return unpack_activation(pair & 0xFFFFu) + unpack_activation(pair >> 16); }
-};
-
-using Sums = float[2][TOKEN_TILES][4];
+using Sums = float[2][4];
 
 // Where one lane reads the activations of its next step.
 struct Operands {
-    const u8* fragments[TOKEN_TILES];
-    const u8* starts;
+    u32 fragments, starts;  // addresses in shared memory
 
     // Columns without a row repeat the last one: what they sum up to is dropped.
     DEVICE void point(const Activations& x, int step, int rows) {
         int g = my_lane() / 4, t = my_lane() % 4;
-#pragma unroll
-        for (int n = 0; n < TOKEN_TILES; ++n) {
-            fragments[n] = (const u8*)(x.fragments + smaller(8 * n + g, rows - 1) * 4 + t) + step * 4 * FRAGMENT_BYTES;
-        }
-        starts = (const u8*)(x.starts + t) + step * 2 * START_BYTES;
+        fragments = shared_address(x.fragments + smaller(g, rows - 1) * 4 + t) + step * 4 * FRAGMENT_BYTES;
+        starts = shared_address(x.starts + t) + step * 2 * START_BYTES;
     }
 
     DEVICE void advance(int steps) {
-#pragma unroll
-        for (int n = 0; n < TOKEN_TILES; ++n) fragments[n] += steps * 4 * FRAGMENT_BYTES;
+        fragments += steps * 4 * FRAGMENT_BYTES;
         starts += steps * 2 * START_BYTES;
     }
 };
 
-// acc += (both tiles' weights of one 128-step) · (activations of kTiles token tiles).
-template <Arithmetic kArithmetic, int kTiles>
+// acc += (both tiles' weights of one 128-step) · (the token tile's activations).
+template <Arithmetic kArithmetic>
 DEVICE void multiply(Sums& acc, const Words4 (&codes)[2], u32 scales, const Channels (&channels)[2],
                      const Operands& x) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-        Words4 b[kTiles][2];
-        Floats4 start[kTiles];
-#pragma unroll
-        for (int n = 0; n < kTiles; ++n) {
-            b[n][0] = *(const Words4*)(x.fragments[n] + 2 * h * FRAGMENT_BYTES);
-            b[n][1] = *(const Words4*)(x.fragments[n] + (2 * h + 1) * FRAGMENT_BYTES);
-            start[n] = *(const Floats4*)(x.starts + h * START_BYTES + n * 64);
-        }
+        const Words4* fragments = (const Words4*)(shared_bytes(x.fragments) + 2 * h * FRAGMENT_BYTES);
+        const Words4 b[2] = {fragments[0], fragments[FRAGMENT_BYTES / 16]};
+        Floats4 start = *(const Floats4*)(shared_bytes(x.starts) + h * START_BYTES);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            float c[kTiles][4];
+            float c[4];
             u32 row = h ? codes[i].z : codes[i].x, row8 = h ? codes[i].w : codes[i].y;
 #pragma unroll
             for (int pair = 0; pair < 2; ++pair) {
                 u32 first[4], second[4];
                 decode<kArithmetic>(row, row8, pair, channels[i], first, second);
-#pragma unroll
-                for (int n = 0; n < kTiles; ++n) {
-                    mma(c[n], first, b[n][pair].x, b[n][pair].y, pair ? c[n] : start[n].v);
-                    mma(c[n], second, b[n][pair].z, b[n][pair].w, c[n]);
-                }
+                mma(c, first, b[pair].x, b[pair].y, pair ? c : start.v);
+                mma(c, second, b[pair].z, b[pair].w, c);
             }
             u32 word = i ? scales >> 16 : scales;
             float scale = h ? local_scale<2>(word) : local_scale<0>(word);
             float scale8 = h ? local_scale<3>(word) : local_scale<1>(word);
-#pragma unroll
-            for (int n = 0; n < kTiles; ++n) {
-                acc[i][n][0] += scale * c[n][0];
-                acc[i][n][1] += scale * c[n][1];
-                acc[i][n][2] += scale8 * c[n][2];
-                acc[i][n][3] += scale8 * c[n][3];
-            }
+            acc[i][0] += scale * c[0];
+            acc[i][1] += scale * c[1];
+            acc[i][2] += scale8 * c[2];
+            acc[i][3] += scale8 * c[3];
         }
     }
 }
 
 // `count` of this warp's steps: the loop that the kernel's time goes to.
-template <Arithmetic kArithmetic, int kTiles>
+template <Arithmetic kArithmetic>
 DEVICE void multiply_steps(Sums& acc, Stream& stream, const Channels (&channels)[2], Operands& x, int count) {
-#pragma unroll(kArithmetic == FLOATS || TOKEN_TILES > 1 ? 1 : 2)
+#pragma unroll(kArithmetic == FLOATS ? 1 : 2)
     for (; count > 0; --count) {
         Words4 codes[2];
         u32 scales;
         stream.take(codes, scales);
-        multiply<kArithmetic, kTiles>(acc, codes, scales, channels, x);
+        multiply<kArithmetic>(acc, codes, scales, channels, x);
         x.advance(WARPS_K);
-    }
-}
-
-template <Arithmetic kArithmetic>
-DEVICE void multiply_live(Sums& acc, Stream& stream, const Channels (&channels)[2], Operands& x, int count, int rows) {
-    if (TOKEN_TILES > 1 && rows > 8) {
-        multiply_steps<kArithmetic, TOKEN_TILES>(acc, stream, channels, x, count);
-    } else {
-        multiply_steps<kArithmetic, 1>(acc, stream, channels, x, count);
     }
 }
 
@@ -318,6 +100,7 @@ struct PairConstants {
         a = mine[0];
         b = mine[1];
         arithmetic = weights.arithmetic[index];
+        prefetch(weights.super_scales + index * 32 + my_lane());
     }
 };
 
@@ -333,19 +116,18 @@ DEVICE void sweep(Sums& acc, Stream& stream, const PairConstants& constants, con
         count -= run;
         stream.left -= run;
         switch (constants.arithmetic) {
-            case SHORT: multiply_live<SHORT>(acc, stream, channels, x, run, rows); break;
-            case INTEGERS: multiply_live<INTEGERS>(acc, stream, channels, x, run, rows); break;
-            default: multiply_live<FLOATS>(acc, stream, channels, x, run, rows);
+            case SHORT: multiply_steps<SHORT>(acc, stream, channels, x, run); break;
+            case INTEGERS: multiply_steps<INTEGERS>(acc, stream, channels, x, run); break;
+            default: multiply_steps<FLOATS>(acc, stream, channels, x, run);
         }
         if (stream.left == 0) stream.advance();
     }
 }
 
 struct Output {
-    void* values;              // GATED: bfloat h [R, channels]; else float [R, channels], by token and slot
-    u32* max_bits;             // GATED: largest |h| of each routed row, to be raised
+    void* values;                 // GATED: bfloat h [R, channels]; else float [R, channels], by token and slot
     const float* expert_weights;  // else: the routing weight of each (token, slot)
-    float* scratch;            // sums between passes, [CTAs, panels_kept, TOKEN_TILES, 2, 4·128]
+    float* scratch;               // sums between passes, [CTAs, panels_kept, 4, 2, 128]
     int channels, panels_kept;
 };
 
@@ -356,40 +138,55 @@ DEVICE void write(const Output& out, const Rows& rows, int routed, int pair, int
     if (GATED) {
         int channel = pair * 16 + row;
         if (channel >= out.channels) return;
-        u16 h = float_bfloat(silu(first) * second);
-        ((u16*)out.values)[(long)routed * out.channels + channel] = h;
-        u32 size = (u32)(h & 0x7FFF) << 16;
-        if (size > out.max_bits[routed]) atomic_max(&out.max_bits[routed], size);
+        ((u16*)out.values)[(long)routed * out.channels + channel] = float_bfloat(silu(first) * second);
         return;
     }
-    int slot = rows.sorted[routed], channel = pair * 32 + row;
+    int slot = rows.share.routing.sorted[routed], channel = pair * 32 + row;
     float weight = out.expert_weights[slot];
     float* y = (float*)out.values + (long)slot * out.channels;
     if (channel < out.channels) y[channel] = first * weight;
     if (channel + 16 < out.channels) y[channel + 16] = second * weight;
 }
 
-// The warps' sums of one panel, added and written. A thread owns element (g, t, c) of one pair's accumulator fragments,
-// and shares it with SPLITS - 1 others.
+// One panel of a token tile, once per pass.
+struct Place {
+    const Tile& tile;
+    int panel, kept;  // `kept` numbers the panel among those whose sums this CTA keeps between passes
+    bool is_first_pass, is_last_pass;
+};
+
+// The warps' sums of a panel meet in shared memory, a panel later than they were made: nobody waits for the slowest
+// warp, who is at most one panel behind. A thread owns element (g, t, c) of one pair's accumulator fragments, and
+// shares it with SPLITS - 1 others.
+//
+//      warp      multiply 0 │ put 0 │ multiply 1 │ wait: all have put 0 │ put 1, add up 0 │ multiply 2 │ ...
+//      buffers                  0                                           1
 struct Reduction {
-    float* partial;  // [TOKEN_TILES, WARPS, PARTIAL]
+    static constexpr int BUFFER = WARPS * PARTIAL;
+    float* partial;  // two buffers of [WARPS, PARTIAL]
+    SplitBarrier* put_by_all;
+    int turn;  // panels that this warp has put
 
     DEVICE void put(const Sums& acc) {
+        float* mine = partial + (turn & 1) * BUFFER + my_warp() * PARTIAL + my_lane() * 4;
 #pragma unroll
-        for (int n = 0; n < TOKEN_TILES; ++n) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                Floats4 value = {acc[i][n][0], acc[i][n][1], acc[i][n][2], acc[i][n][3]};
-                *(Floats4*)(partial + (n * WARPS + my_warp()) * PARTIAL + i * 128 + my_lane() * 4) = value;
-            }
-        }
+        for (int i = 0; i < 2; ++i) *(Floats4*)(mine + i * 128) = {acc[i][0], acc[i][1], acc[i][2], acc[i][3]};
+        ++turn;
     }
 
-    DEVICE void sum(int n, int warp_n, int element, int split, float& first, float& second) {
+    // This warp has put a panel, and has added up the one before, whose buffer is free once all have arrived.
+    DEVICE void arrive() {
+        sync_warp();
+        if (my_lane() == 0) arrive_at(put_by_all);
+    }
+
+    DEVICE void wait() { wait_for_phase(put_by_all, turn - 1); }
+
+    DEVICE void sum(int turn, int warp_n, int element, int split, float& first, float& second) {
+        const float* p = partial + (turn & 1) * BUFFER + (warp_n * WARPS_K + split) * PARTIAL + element;
         first = second = 0.f;
 #pragma unroll
-        for (int j = 0; j < ADDENDS; ++j) {
-            const float* p = partial + (n * WARPS + warp_n * WARPS_K + j * SPLITS + split) * PARTIAL + element;
+        for (int j = 0; j < ADDENDS; ++j, p += SPLITS * PARTIAL) {
             first += p[0];
             second += p[128];
         }
@@ -400,79 +197,100 @@ struct Reduction {
         }
     }
 
-    // `place` numbers the panel among those whose sums this CTA keeps between passes.
-    DEVICE void finish(const Output& out, const Rows& rows, const Weights& weights, const Tile& tile,
-                       const float* inverse, int panel, int place, bool is_first_pass, bool is_last_pass) {
+    // Adds up and writes the panel that was put at `turn`.
+    DEVICE void finish(int turn, const Output& out, const Rows& rows, const Weights& weights, const Activations& x,
+                       const Place& place) {
         int split = thread_index() % SPLITS, element = thread_index() / SPLITS % 128;
-        int warp_n = thread_index() / SPLITS / 128, pair = panel * WARPS_N + warp_n;
+        int warp_n = thread_index() / SPLITS / 128, pair = place.panel * WARPS_N + warp_n;
         int row = (element >> 4) + 8 * ((element >> 1) & 1), column = 2 * ((element >> 2) & 3) + (element & 1);
-        const float* scale = weights.super_scales + ((long)tile.expert * weights.pairs + pair) * 32 + row;
-#pragma unroll
-        for (int n = 0; n < TOKEN_TILES; ++n, column += 8) {
-            float first, second;
-            sum(n, warp_n, element, split, first, second);
-            if (split || column >= tile.rows || pair >= weights.pairs) continue;
-            long kept = ((((long)blockIdx.x * out.panels_kept + place) * TOKEN_TILES + n) * 4 + warp_n) * 256 + element;
-            if (!is_first_pass) {
-                first += out.scratch[kept];
-                second += out.scratch[kept + 128];
-            }
-            if (is_last_pass) {
-                float factor = inverse[column];
-                write(out, rows, tile.first + column, pair, row, first * factor * scale[0], second * factor * scale[16]);
-            } else {
-                out.scratch[kept] = first;
-                out.scratch[kept + 128] = second;
-            }
+        float first, second;
+        sum(turn, warp_n, element, split, first, second);
+        if (split || column >= place.tile.rows || pair >= weights.pairs) return;
+        float* kept = out.scratch + ((long)blockIdx.x * out.panels_kept + place.kept) * 1024 + warp_n * 256 + element;
+        if (!place.is_first_pass) {
+            first += kept[0];
+            second += kept[128];
+        }
+        if (place.is_last_pass) {
+            const float* scale = weights.super_scales + ((long)place.tile.expert * weights.pairs + pair) * 32 + row;
+            float factor = 1.f / x.row_scale(column);
+            write(out, rows, place.tile.first + column, pair, row, first * factor * scale[0],
+                  second * factor * scale[16]);
+        } else {
+            kept[0] = first;
+            kept[128] = second;
         }
     }
 };
 
+// One pass of one token tile over this CTA's panels of it.
+DEVICE void run_tile(const Weights& weights, const Rows& rows, const Output& out, const Share& share, Stream& stream,
+                     Activations& x, Reduction& reduction, int tile_index, int pass, int passes) {
+    const Tile& tile = share.routing.tiles[tile_index];
+    Span span = pass_span(pass, stream.pass_steps, weights.steps);
+    int first = share.first_panel(tile_index), last = share.last_panel(tile_index);
+    sync_block();
+    if (pass == 0) x.measure(rows, tile);
+    x.stage(rows, tile, span);
+    PairConstants constants;
+    constants.load(weights, tile.expert, first);
+    sync_block();
+    for (int panel = first; panel <= last; ++panel) {
+        Place before = {tile, panel - 1, panel - 1 - first, pass == 0, pass + 1 == passes};
+        Sums acc = {};
+        if (panel < last) {
+            if (panel * WARPS_N + my_warp_n() < weights.pairs) sweep(acc, stream, constants, x, span, tile.rows);
+            constants.load(weights, tile.expert, panel + 1);
+        }
+        if (panel > first) reduction.wait();
+        if (panel < last) reduction.put(acc);
+        if (panel > first) reduction.finish(reduction.turn - (panel < last ? 2 : 1), out, rows, weights, x, before);
+        if (panel < last) reduction.arrive();
+    }
+}
+
 KERNEL(THREADS, 1) expert_projection(const u8* records, const Words4* channel_constants, const u32* arithmetic,
-                                     const float* super_scales, int pairs, int steps, const u16* x, const u32* x_max,
-                                     int x_stride, int x_length, int lane_stride, int pair_stride, const int* sorted,
-                                     int experts_per_token, const Tile* tiles, const int* num_tiles, void* values,
-                                     u32* max_bits, const float* expert_weights, float* scratch, int out_channels,
-                                     int panels_kept, int passes) {
+                                     const float* super_scales, int pairs, int steps, const u16* x, int x_stride,
+                                     int x_length, int lane_stride, int pair_stride, const int* expert_ids,
+                                     int num_routed, int experts_per_token, const int* sorted, const Tile* tiles,
+                                     const int* num_tiles, void* values, const float* expert_weights, float* scratch,
+                                     int out_channels, int panels_kept, int passes) {
     DYNAMIC_SHARED(shared);
     int panels = (pairs + WARPS_N - 1) / WARPS_N, pass_steps = (steps + passes - 1) / passes;
     Weights weights = {records, channel_constants, arithmetic, super_scales, pairs, steps, panels};
-    Rows rows = {x, x_max, sorted, x_stride, x_length, experts_per_token, lane_stride, pair_stride};
-    Output out = {values, max_bits, expert_weights, scratch, out_channels, panels_kept};
+    Output out = {values, expert_weights, scratch, out_channels, panels_kept};
 
-    u8* end_of_rings = shared + WARPS * STAGES * SLOT;
-    Share& share = *(Share*)end_of_rings;
-    Reduction reduction = {(float*)(end_of_rings + 16)};
+    u8* space = shared + WARPS * STAGES * SLOT;
+    SplitBarrier* put_by_all = (SplitBarrier*)space;
+    Share& share = *(Share*)(space + 16);
+    Reduction reduction = {(float*)(space + 64), put_by_all, 0};
     Activations activations;
-    activations.starts = (Floats4*)(reduction.partial + TOKEN_TILES * WARPS * PARTIAL);
-    activations.fragments = (Words4*)(activations.starts + pass_steps * 2 * TOKEN_TILES * 4);
-    activations.inverse = (float*)(activations.fragments + pass_steps * 4 * ROWS * 4);
-    if (threadIdx.x == 0) share = my_share(*num_tiles * panels, panels);
+    activations.starts = (Floats4*)(reduction.partial + 2 * Reduction::BUFFER);
+    activations.fragments = (Words4*)(activations.starts + pass_steps * 2 * 4);
+    activations.largest = (u32*)(activations.fragments + pass_steps * 4 * ROWS * 4);
+    SortedHere& sorted_here = *(SortedHere*)(activations.largest + ROWS);
+
+    if (GATED) wait_for_earlier_kernels();
+    let_next_kernel_start();
+    Routing routing = {sorted, tiles, num_tiles};
+    if (num_routed <= MAX_SORTED_HERE) {
+        routing = sort_here(sorted_here, (int*)reduction.partial, expert_ids, num_routed);
+    }
+    if (threadIdx.x == 0) {
+        share = my_share(routing, panels);
+        init_barrier(put_by_all, WARPS);
+    }
     sync_block();
     if (share.begin == share.end) return;
 
+    Rows rows = {x, share, x_stride, x_length, experts_per_token, lane_stride, pair_stride};
     u32 ring = shared_address(shared) + my_warp() * STAGES * SLOT;
-    Stream stream = {weights, share, tiles, passes, pass_steps, ring + my_lane() * 16, ring + 1024 + my_lane() * 4};
+    Stream stream = {weights, share, passes, pass_steps, ring + my_lane() * 16, ring + 1024 + my_lane() * 4};
     stream.start();
-    for (int tile_index = share.first_tile(); share.has_tile(tile_index); ++tile_index) {
+    if (!GATED) wait_for_earlier_kernels();
+    for (int tile = share.first_tile(); share.has_tile(tile); ++tile) {
         for (int pass = 0; pass < passes; ++pass) {
-            const Tile& tile = tiles[tile_index];
-            Span span = pass_span(pass, pass_steps, steps);
-            sync_block();
-            activations.stage(rows, tile, span);
-            PairConstants constants;
-            constants.load(weights, tile.expert, share.first_panel(tile_index));
-            sync_block();
-            for (int panel = share.first_panel(tile_index); panel < share.last_panel(tile_index); ++panel) {
-                Sums acc = {};
-                if (panel * WARPS_N + my_warp_n() < pairs) sweep(acc, stream, constants, activations, span, tile.rows);
-                constants.load(weights, tile.expert, panel + 1);
-                sync_block();
-                reduction.put(acc);
-                sync_block();
-                reduction.finish(out, rows, weights, tile, activations.inverse, panel,
-                                 panel - share.first_panel(tile_index), pass == 0, pass + 1 == passes);
-            }
+            run_tile(weights, rows, out, share, stream, activations, reduction, tile, pass, passes);
         }
     }
 }

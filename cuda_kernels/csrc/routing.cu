@@ -7,26 +7,6 @@ struct Tile {
     int expert, first, rows, unused;
 };
 
-// The largest magnitude of one bfloat row, by the whole block.
-DEVICE void row_max(const u32* pairs, int num_pairs, u32* result, u32* shared) {
-    u32 largest = 0;
-    for (int i = threadIdx.x; i < num_pairs; i += THREADS) {
-        u32 pair = pairs[i] & 0x7FFF7FFFu, low = pair << 16, high = pair & 0xFFFF0000u;
-        u32 both = low > high ? low : high;
-        largest = both > largest ? both : largest;
-    }
-    for (int lanes = 16; lanes; lanes /= 2) {
-        u32 other = shuffle_xor(largest, lanes);
-        largest = other > largest ? other : largest;
-    }
-    if (threadIdx.x % 32 == 0) shared[threadIdx.x / 32] = largest;
-    sync_block();
-    if (threadIdx.x == 0) {
-        for (int i = 1; i < WARPS; ++i) largest = shared[i] > largest ? shared[i] : largest;
-        *result = largest;
-    }
-}
-
 // Sorts the routed rows by expert, stably: warp w takes the w-th run of (token, slot) pairs; counts[w][e] becomes the
 // position of that warp's first row of expert e.
 struct Sorter {
@@ -89,17 +69,11 @@ struct Sorter {
     }
 };
 
-// Block 0: `sorted` [R] (position -> token·A + slot), `tiles` of at most tile_rows rows, `num_tiles`, and zeros in
-// routed_max [R]. Blocks 1..T: the largest magnitude of each token's activations.
-KERNEL(THREADS, 1) dispatch(const int* expert_ids, int num_routed, int num_experts, int tile_rows, const u32* x,
-                            int x_pairs, int* sorted, Tile* tiles, int* num_tiles, u32* x_max, u32* routed_max) {
+// One block: `sorted` [R] (position -> token·A + slot), `tiles` of at most tile_rows rows of one expert, `num_tiles`.
+KERNEL(THREADS, 1) dispatch(const int* expert_ids, int num_routed, int num_experts, int tile_rows, int* sorted,
+                            Tile* tiles, int* num_tiles) {
     DYNAMIC_SHARED(shared);
-    if (blockIdx.x > 0) {
-        int token = blockIdx.x - 1;
-        row_max(x + (long)token * x_pairs, x_pairs, &x_max[token], (u32*)shared);
-        return;
-    }
-    for (int i = threadIdx.x; i < num_routed; i += THREADS) routed_max[i] = 0;
+    wait_for_earlier_kernels();
     Sorter sorter = {expert_ids, num_routed, num_experts, (int*)shared};
     sorter.count();
     sorter.scan();
@@ -120,6 +94,7 @@ KERNEL(THREADS, 1) dispatch(const int* expert_ids, int num_routed, int num_exper
 KERNEL(256, 4) combine(const float* rows, u16* out, int channels, int experts_per_token) {
     int channel = (blockIdx.y * 256 + threadIdx.x) * 4;
     if (channel >= channels) return;
+    wait_for_earlier_kernels();
     const float* row = rows + (long)blockIdx.x * experts_per_token * channels + channel;
     Floats4 sum = *(const Floats4*)row;
     for (int slot = 1; slot < experts_per_token; ++slot) {

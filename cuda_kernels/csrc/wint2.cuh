@@ -76,8 +76,7 @@ DEVICE u32 expand(u32 word, int byte, u32 a, u32 b) {
         u32 factor = byte % 2 ? a << 16 : a;
         return byte < 2 ? dot_low(factor, word, b) : dot_high(factor, word, b);
     }
-    // Half of the bytes are selected on the logic pipe, half on the multiplier's: either alone would be the bottleneck.
-    u32 code = byte == 0 ? word & 0xFF : byte == 3 ? word >> 24 : dot_bytes(word, 1u << 8 * byte, 0);
+    u32 code = dot_bytes(word, 1u << 8 * byte, 0);  // the logic pipe, which could do it, is the bottleneck
     if (kArithmetic == INTEGERS) return code * a + b;
     float u = round_down(fused((float)(int)code, bits_float(a), bits_float(b)));
     float wrapped = fused(-round_down(u * 0x1p-15f), 0x1p15f, u);

@@ -1,5 +1,6 @@
 """The emulator catches what it is for: bugs of each class, planted in copies of the clean kernels."""
 
+import ctypes
 import os
 import shutil
 import subprocess
@@ -9,110 +10,129 @@ from pathlib import Path
 import pytest
 import torch
 
+from cuda_kernels import moe_wint2 as op
 from cuda_kernels.build import SOURCES
-from tests.cuda_kernels.emulator.emulator import HERE
+from cuda_kernels.expert_gemm import GemmTiling, gemm_projection
+from tests.cuda_kernels.emulator.emulator import HERE, Emulator, EmulatorError
+from tests.cuda_kernels.generators import layer
 
+SANITIZER = ("-fsanitize=address", "-g")
 PROGRAM = """
 import sys
 from pathlib import Path
-from cuda_kernels import moe_wint2 as op
 from tests.cuda_kernels.emulator.emulator import Emulator
-from tests.cuda_kernels.generators import layer
-case = layer(3, 4, 2, 256, 136, kind="grid")
-flags = tuple(sys.argv[3:])
-emulator = Emulator(Path(sys.argv[1]), sources=Path(sys.argv[2]), seed=5, flags=flags)
-out = op.launch_moe_wint2(emulator, *case.arguments).double()
-reference = op.moe_wint2(*case.arguments).double()
-error = float((out - reference).norm() / reference.norm())
-sys.exit(0 if error < 1e-3 else 3)
+from tests.cuda_kernels.test_emulator import decode_h
+decode_h(Emulator(Path(sys.argv[1]), sources=Path(sys.argv[2]), seed=5, flags=tuple(sys.argv[3:])))
 """
-WRONG, DEADLOCK = 3, 86
-SANITIZER = ("-fsanitize=address", "-g")
 
 
-def run(folder: Path, edits: list[tuple[str, str, str]], *flags: str) -> subprocess.CompletedProcess[str]:
-    """Runs a small layer on a copy of the kernels in which each (file, old, new) is replaced."""
+def decode_h(emulator: Emulator) -> torch.Tensor:
+    """The gate and up projection of a few tokens: bf16 h by position."""
+    case = layer(3, 4, 2, 256, 136, kind="grid")
+    tiling = op.choose_tiling(3, case.up_gate.num_steps, emulator.shared_bytes)
+    h_RF = torch.zeros(6, case.up_gate.num_features, dtype=torch.bfloat16)
+    routed = op.route_rows(emulator, case.expert_ids, 4, tiling.rows)
+    op.project(emulator, case.up_gate, tiling, routed, case.hidden, h_RF, None)
+    return h_RF
+
+
+def gemm_h(emulator: Emulator) -> torch.Tensor:
+    """The same by the kernel for many tokens."""
+    case = layer(3, 4, 2, 256, 136, kind="grid")
+    h_RF = torch.zeros(6, case.up_gate.num_features, dtype=torch.bfloat16)
+    rows = op.sort_rows(emulator, case.expert_ids, 4, 16)
+    gemm_projection(emulator, case.up_gate, GemmTiling(16, 4), rows, case.hidden, h_RF, None)
+    return h_RF
+
+
+@pytest.fixture(scope="session")
+def clean_h(emulator_folder: Path) -> torch.Tensor:
+    return decode_h(Emulator(emulator_folder))
+
+
+def planted(folder: Path, libraries: Path, file: str, old: str, new: str) -> Emulator:
+    """An emulator of the kernels with `old` in `file` replaced once."""
     sources = folder / "csrc"
     shutil.copytree(SOURCES, sources)
-    for file, old, new in edits:
-        text = (sources / file).read_text()
-        assert text.count(old) >= 1, f"{file} has no {old!r}"
-        (sources / file).write_text(text.replace(old, new, 1))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[2])}
-    if flags:
-        find = ["g++", "-print-file-name=libasan.so"]
-        library = subprocess.run(find, capture_output=True, text=True, check=True)
-        environment |= {
-            "LD_PRELOAD": library.stdout.strip(),
-            "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:exitcode=99",
-        }
-    command = [sys.executable, "-c", PROGRAM, str(folder), str(sources), *flags]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    text = (sources / file).read_text()
+    assert old in text, f"{file} has no {old!r}"
+    (sources / file).write_text(text.replace(old, new, 1))
+    return Emulator(libraries, sources=sources, seed=5)
 
 
-PLANTED = {
-    "missing barrier after staging": (
+WRONG = {
+    "no barrier after staging": (
+        decode_h,
         "moe_wint2.cu",
-        "constants.load(weights, tile.expert, share.first_panel(tile_index));\n            sync_block();",
-        "constants.load(weights, tile.expert, share.first_panel(tile_index));",
-        WRONG,
+        "constants.load(weights, tile.expert, first);\n    sync_block();",
+        "constants.load(weights, tile.expert, first);",
     ),
-    "missing barrier before the reduction": (
+    "no wait for the other warps' sums": (
+        decode_h,
         "moe_wint2.cu",
-        "reduction.put(acc);\n                sync_block();",
-        "reduction.put(acc);",
-        WRONG,
+        "if (panel > first) reduction.wait();",
+        "",
     ),
-    "missing wait for a copy": (
-        "moe_wint2.cu",
+    "no wait for a copy": (
+        decode_h,
+        "expert_stream.cuh",
         "wait_copies<STAGES - 2>();",
         "wait_copies<STAGES - 1>();",
-        WRONG,
     ),
-    "divergent barrier": (
-        "moe_wint2.cu",
-        "reduction.put(acc);\n",
-        "if (my_warp()) sync_block();\n",
-        WRONG,
+    "wrong nibble": (decode_h, "wint2.cuh", "word, 15u << 4 * kIndex", "word, 15u << 4 * (kIndex ^ 1)"),
+    "off by one in a row's end": (
+        decode_h,
+        "expert_rows.cuh",
+        "pair = k < rows.length ?",
+        "pair = k < rows.length - 2 ?",
     ),
-    "divergent shuffle": (
-        "moe_wint2.cu",
-        "offset += shuffle_xor(offset, 1);",
-        "if (live) offset += shuffle_xor(offset, 1);",
-        DEADLOCK,
+    "no barrier in the ring of tokens": (
+        gemm_h,
+        "expert_gemm.cu",
+        "show_shared();\n        sync_block();",
+        "show_shared();",
     ),
-    "wrong nibble": ("wint2.cuh", "word, 15u << 4 * kIndex", "word, 15u << 4 * (kIndex ^ 1)", WRONG),
-    "wrong field": ("wint2.cuh", "u32 shifted = q >> 6;", "u32 shifted = q >> 5;", WRONG),
-    "off by one in a row's end": ("moe_wint2.cu", "k < rows.length ?", "k < rows.length - 2 ?", WRONG),
+    "wrong swizzle": (gemm_h, "token_mma.cuh", "swizzled(row, 2 * slice + 1)", "swizzled(row, 2 * slice)"),
 }
 
 
-@pytest.mark.parametrize("bug", PLANTED)
-def test_a_planted_bug_is_caught(bug: str, tmp_path: Path) -> None:
-    file, old, new, expected = PLANTED[bug]
-    done = run(tmp_path, [(file, old, new)])
-    assert done.returncode == expected, done.stderr
+@pytest.mark.parametrize("bug", WRONG)
+def test_a_planted_bug_changes_the_result(
+    bug: str, tmp_path: Path, emulator_folder: Path, clean_h: torch.Tensor
+) -> None:
+    run, *edit = WRONG[bug]
+    assert not torch.equal(run(planted(tmp_path, emulator_folder, *edit)), clean_h)
 
 
-def test_clean_kernels_pass_under_address_sanitizer(tmp_path: Path) -> None:
-    done = run(tmp_path, [], *SANITIZER)
+def test_both_kernels_agree(clean_h: torch.Tensor, emulator_folder: Path) -> None:
+    torch.testing.assert_close(gemm_h(Emulator(emulator_folder)), clean_h, rtol=2**-7, atol=1e-3)
+
+
+def test_a_divergent_warp_instruction_is_a_deadlock(tmp_path: Path, emulator_folder: Path) -> None:
+    old, new = "offset += shuffle_xor(offset, 1);", "if (live) offset += shuffle_xor(offset, 1);"
+    with pytest.raises(EmulatorError, match="deadlock"):
+        decode_h(planted(tmp_path, emulator_folder, "expert_rows.cuh", old, new))
+
+
+def sanitized(folder: Path, sources: Path) -> subprocess.CompletedProcess[str]:
+    find = ["g++", "-print-file-name=libasan.so"]
+    library = subprocess.run(find, capture_output=True, text=True, check=True).stdout.strip()
+    options = "detect_leaks=0:detect_stack_use_after_return=0:exitcode=99"
+    environment = {**os.environ, "LD_PRELOAD": library, "ASAN_OPTIONS": options}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parents[2])}
+    command = [sys.executable, "-c", PROGRAM, str(folder), str(sources), *SANITIZER]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_address_sanitizer_passes_the_clean_kernels(tmp_path: Path) -> None:
+    done = sanitized(tmp_path, SOURCES)
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    ("file", "old", "new"),
-    [
-        ("routing.cu", "if (channel >= channels) return;", "if (channel > channels) return;"),
-        (
-            "routing.cu",
-            "for (int i = threadIdx.x; i < num_routed; i",
-            "for (int i = threadIdx.x; i <= num_routed; i",
-        ),
-    ],
-    ids=["read past the end", "write past the end"],
-)
-def test_address_sanitizer_catches_an_off_by_one(file: str, old: str, new: str, tmp_path: Path) -> None:
-    done = run(tmp_path, [(file, old, new)], *SANITIZER)
+def test_address_sanitizer_catches_an_off_by_one(tmp_path: Path) -> None:
+    old, new = "if (channel >= out.channels) return;", "if (channel > out.channels) return;"
+    sources = planted(tmp_path, tmp_path, "moe_wint2.cu", old, new).sources
+    done = sanitized(tmp_path, sources)
     assert done.returncode == 99, done.stderr
     assert "heap-buffer-overflow" in done.stderr
 
@@ -128,8 +148,6 @@ def test_half_and_bfloat_conversions_are_torch_s(tmp_path: Path) -> None:
     )
     library = tmp_path / "convert.so"
     subprocess.run(["g++", "-std=c++17", "-shared", "-fPIC", f"-I{HERE}", source, "-o", library], check=True)
-    import ctypes
-
     torch.manual_seed(0)
     ordinary = torch.randn(4000) * 2.0 ** torch.randint(-30, 20, (4000,))
     x = torch.cat([ordinary, torch.tensor([0.0, 65519.0, 6e-8, 1e9])])

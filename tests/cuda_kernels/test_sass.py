@@ -18,7 +18,7 @@ NAMES = {"LDL", "STL"}
 
 def inner_loops(*defines: tuple[str, int], folder: Path) -> list[tuple[bool, bool, float]]:
     """(has float code, has the long multiplier, instructions a weight) of each loop over steps."""
-    variant = Variant("moe_wint2", (("GATED", 1), ("WARPS_K", 8), ("ROWS", 8), ("STAGES", 4), *defines))
+    variant = Variant("moe_wint2", (("GATED", 1), ("WARPS_K", 8), ("ROWS", 8), ("STAGES", 3), *defines))
     found = []
     for loop in sass.loops(sass.disassemble(compile_cubin(variant, "sm_90a").code, folder)):
         count = sass.opcodes(loop)
@@ -43,6 +43,6 @@ def test_inner_loop_keeps_its_budget(
 
 
 def test_nothing_goes_to_local_memory(tmp_path: Path) -> None:
-    variant = Variant("moe_wint2", (("GATED", 0), ("WARPS_K", 4), ("ROWS", 16), ("STAGES", 4)))
+    variant = Variant("moe_wint2", (("GATED", 0), ("WARPS_K", 4), ("ROWS", 8), ("STAGES", 3)))
     code = sass.disassemble(compile_cubin(variant, "sm_90a").code, tmp_path)
     assert not NAMES & sass.opcodes(code).keys()

@@ -58,13 +58,18 @@ struct Cta {
 };
 inline Cta cta;
 
-[[noreturn]] inline void fail(const char* what) {
-    fprintf(stderr, "emulator: %s (block %d,%d thread %d)\n", what, blockIdx.x, blockIdx.y, cta.current);
-    fflush(stderr);
-    _Exit(86);
-}
-
 inline void yield() { cta.thread[cta.current].fiber.leave(); }
+
+// What went wrong first; the launch ends with it.
+inline char failure[200];
+inline void note_failure(const char* what) {
+    if (*failure) return;
+    snprintf(failure, sizeof failure, "%s (block %d,%d thread %d)", what, blockIdx.x, blockIdx.y, cta.current);
+}
+[[noreturn]] inline void fail(const char* what) {
+    note_failure(what);
+    for (;;) yield();
+}
 
 // Every lane brings `in`; `compute(meeting)` fills `out` of all lanes once.
 template <class F>
@@ -108,9 +113,13 @@ void run_cta(int threads, size_t shared_bytes, unsigned seed, F body) {
         for (int i : order) {
             cta.current = i;
             if (!cta.thread[i].fiber.done) cta.thread[i].fiber.enter();
+            if (*failure) return;
         }
         idle = cta.progress == before ? idle + 1 : 0;
-        if (idle == 3) fail("deadlock: threads wait for one another at different barriers or warp instructions");
+        if (idle == 3) {
+            note_failure("deadlock: threads wait for one another at different barriers or warp instructions");
+            return;
+        }
     }
 }
 
@@ -120,15 +129,18 @@ void call(void (*kernel)(P...), void** arguments, std::index_sequence<I...>) {
     kernel(*(std::remove_reference_t<P>*)arguments[I]...);
 }
 template <class... P>
-void launch(void (*kernel)(P...), int grid_x, int grid_y, int threads, size_t shared_bytes, unsigned seed,
-            void** arguments) {
+const char* launch(void (*kernel)(P...), int grid_x, int grid_y, int threads, size_t shared_bytes, unsigned seed,
+                   void** arguments) {
     gridDim = {grid_x, grid_y};
+    *failure = 0;
     for (int y = 0; y < grid_y; ++y) {
         for (int x = 0; x < grid_x; ++x) {
             blockIdx = {x, y};
             run_cta(threads, shared_bytes, seed, [&] { call(kernel, arguments, std::index_sequence_for<P...>()); });
+            if (*failure) return failure;
         }
     }
+    return nullptr;
 }
 
 struct ThreadIndex {
@@ -234,6 +246,11 @@ DEVICE u32 fused_bfloat2(u32 a, u32 b, u32 c) {
     auto half = [&](int i) { return (float)(value(a, i) * value(b, i) + value(c, i)); };
     return pack_bfloat2(half(0), half(1));
 }
+DEVICE u32 fused_half2(u32 a, u32 b, u32 c) {
+    auto value = [](u32 pair, int i) { return (double)emulator::half_to_float(pair >> 16 * i & 0xFFFF); };
+    auto half = [&](int i) { return (float)(value(a, i) * value(b, i) + value(c, i)); };
+    return pack_half2(half(0), half(1));
+}
 DEVICE float half_float(u16 x) { return emulator::half_to_float(x); }
 
 // A copy lands when it is waited for, and not before.
@@ -247,6 +264,7 @@ struct alignas(16) Words4 {
 DEVICE u32 shared_address(const void* p) { return (u32)((u8*)p - emulator::cta.shared); }
 DEVICE Words4 load_once16(const void* global) { return *(const Words4*)global; }
 DEVICE u8* shared_pointer(u32 address) { return emulator::cta.shared + address; }
+DEVICE const u8* shared_bytes(u32 address) { return emulator::cta.shared + address; }
 DEVICE Words4 load_shared16(u32 address) { return *(const Words4*)shared_pointer(address); }
 DEVICE u32 load_shared4(u32 address) { return *(const u32*)shared_pointer(address); }
 template <int kOffset = 0>
@@ -302,6 +320,34 @@ DEVICE u32 lanes_like_mine(u32 x) {
         }
     });
     return out;
+}
+DEVICE u32 largest_in_warp(u32 x) {
+    u32 out;
+    emulator::meet(&x, 1, &out, 1, [](emulator::Meeting& m) {
+        u32 largest = 0;
+        for (int i = 0; i < 32; ++i) largest = std::max(largest, m.in[i][0]);
+        for (int i = 0; i < 32; ++i) m.out[i][0] = largest;
+    });
+    return out;
+}
+DEVICE void prefetch(const void*) {}
+DEVICE void wait_for_earlier_kernels() {}
+DEVICE void let_next_kernel_start() {}
+
+struct SplitBarrier {
+    u16 arrivals, missing;
+    u32 phase;  // the one that is not yet complete
+};
+DEVICE void init_barrier(SplitBarrier* barrier, int arrivals) { *barrier = {(u16)arrivals, (u16)arrivals, 0}; }
+DEVICE void arrive_at(SplitBarrier* barrier) {
+    if (--barrier->missing) return;
+    barrier->missing = barrier->arrivals;
+    ++barrier->phase;
+    ++emulator::cta.progress;
+}
+DEVICE void wait_for_phase(SplitBarrier* barrier, int phase) {
+    if ((int)barrier->phase > phase + 1) emulator::fail("waited for a phase that is long past");
+    while ((int)barrier->phase <= phase) emulator::yield();
 }
 DEVICE int popcount(u32 x) { return __builtin_popcount(x); }
 DEVICE void atomic_max(u32* p, u32 x) { *p = *p > x ? *p : x; }

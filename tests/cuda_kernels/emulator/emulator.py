@@ -14,8 +14,12 @@ from cuda_kernels.build import SOURCES, Variant
 from cuda_kernels.launch import Argument, Grid
 
 HERE = Path(__file__).parent
-_KERNEL = re.compile(r"^KERNEL\([^)]*\) (\w+)\(", re.MULTILINE)
+_KERNEL = re.compile(r"^KERNEL\([^)]*\)\s+(\w+)\(", re.MULTILINE)
 _FLAGS = ("-std=c++17", "-O1", "-fPIC", "-shared", "-xc++", "-w", "-DWINT2_EMULATOR", "-fno-strict-aliasing")
+
+
+class EmulatorError(RuntimeError):
+    """A deadlock, a misaligned copy: what a GPU would answer with a hang or a fault."""
 
 
 @dataclass
@@ -25,6 +29,7 @@ class Emulator:
     folder: Path
     num_multiprocessors: int = 3
     shared_bytes: int = 232448
+    has_warpgroup_products: bool = True
     seed: int = 0
     sources: Path = SOURCES
     flags: tuple[str, ...] = ()
@@ -38,11 +43,16 @@ class Emulator:
         threads: int,
         shared_bytes: int,
         arguments: Sequence[Argument],
+        *,
+        overlaps: bool = False,
     ) -> None:
         boxed = [_box(argument) for argument in arguments]
         pointers = (ctypes.c_void_p * len(boxed))(*(ctypes.addressof(box) for box in boxed))
         function = getattr(self._library(variant), f"launch_{kernel}")
-        function(*grid, threads, ctypes.c_size_t(shared_bytes), self.seed, pointers)
+        function.restype = ctypes.c_char_p
+        failure = function(*grid, threads, ctypes.c_size_t(shared_bytes), self.seed, pointers)
+        if failure:
+            raise EmulatorError(failure.decode())
 
     def _library(self, variant: Variant) -> ctypes.CDLL:
         if variant not in self._libraries:
@@ -55,7 +65,9 @@ def build(variant: Variant, folder: Path, sources: Path = SOURCES, flags: tuple[
     source = sources / f"{variant.stem}.cu"
     defines = [f"-D{name}={value}" for name, value in variant.defines]
     includes = [f"-I{sources}", f"-I{HERE}"]
-    name = hashlib.sha256(" ".join([str(variant), str(sources), *flags]).encode()).hexdigest()[:12]
+    files = [path.read_bytes() for path in (source, *sorted(sources.glob("*.cuh")))]
+    key = b"".join([*files, " ".join([str(variant), *flags]).encode()])
+    name = hashlib.sha256(key).hexdigest()[:12]
     library = folder / f"{variant.stem}-{name}.so"
     if not library.exists():
         shim = f'#include "{source}"\n' + "".join(map(_export, _KERNEL.findall(source.read_text())))
@@ -68,8 +80,8 @@ def build(variant: Variant, folder: Path, sources: Path = SOURCES, flags: tuple[
 
 def _export(kernel: str) -> str:
     return (
-        f'extern "C" void launch_{kernel}(int x, int y, int threads, size_t shared, unsigned seed, void** a) '
-        f"{{ emulator::launch({kernel}, x, y, threads, shared, seed, a); }}\n"
+        f'extern "C" const char* launch_{kernel}(int x, int y, int threads, size_t shared, unsigned seed,'
+        f" void** a) {{ return emulator::launch({kernel}, x, y, threads, shared, seed, a); }}\n"
     )
 
 

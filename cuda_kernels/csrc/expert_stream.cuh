@@ -1,0 +1,96 @@
+// The weights on their way from memory to the warps that multiply them.
+#pragma once
+#include "expert_work.cuh"
+
+constexpr int SLOT = 1152;  // bytes of one step: two tiles' codes and their scales
+
+struct Weights {
+    const u8* records;          // [E, pairs] of (scales u32 [steps, 8], codes Words4 [steps, 2, 32])
+    const Words4* channels;     // [E, pairs, 8, 2]: A of rows g, g+8 of both tiles, then B
+    const u32* arithmetic;      // [E, pairs]: which Arithmetic A and B are for
+    const float* super_scales;  // [E, pairs, 2, 16]
+    int pairs, steps, panels;
+    DEVICE int code_offset() const { return (steps * 32 + 127) & ~127; }
+    DEVICE long record_bytes() const { return code_offset() + steps * 1024L; }
+};
+
+// One warp's ring of weights on their way. The copies run STAGES - 1 steps ahead of the arithmetic, over panels, tiles
+// and experts alike.
+struct Stream {
+    Weights weights;
+    const Share& share;
+    int passes, pass_steps;
+    u32 ring_codes, ring_scales;  // this lane's, in the first of STAGES slots (codes Words4 [2, 32], scales u32 [32])
+    int tile, pass, panel;    // what the next copy belongs to,
+    int left;                 // how many steps of it remain to be copied by this warp,
+    const u8 *codes, *scales;  // and this lane's share of the next
+    int slot, free;           // bytes into the ring: the oldest step, and the one used last
+
+    DEVICE void start() {
+        tile = share.first_tile();
+        pass = 0;
+        panel = share.first_panel(tile);
+        seek();
+        slot = 0;
+        free = (STAGES - 1) * SLOT;
+        for (int i = 0; i < STAGES - 1; ++i) {
+            copy(i * SLOT);
+            if (--left == 0) advance();
+        }
+    }
+
+    DEVICE void advance() {
+        next_panel();
+        seek();
+    }
+
+    // Finds the first panel from here on of which this warp has a step. At the end of the work one block is copied
+    // again and again, so that the loop over steps need not know.
+    DEVICE void seek() {
+        for (; share.has_tile(tile); next_panel()) {
+            Span span = pass_span(pass, pass_steps, weights.steps);
+            int pair = panel * WARPS_N + my_warp_n();
+            left = own_steps(span);
+            if (left > 0 && pair < weights.pairs) {
+                point(((long)share.routing.tiles[tile].expert * weights.pairs + pair) * weights.record_bytes(), span.begin + my_warp_k());
+                return;
+            }
+        }
+        left = 1;
+        point(0, 0);
+    }
+
+    DEVICE void point(long record, int step) {
+        scales = weights.records + record + step * 32 + my_lane() / 4 * 4;
+        codes = weights.records + record + weights.code_offset() + step * 1024L + my_lane() * 16;
+    }
+
+    DEVICE void next_panel() {
+        if (++panel < share.last_panel(tile)) return;
+        if (++pass == passes) {
+            pass = 0;
+            ++tile;
+        }
+        panel = share.first_panel(tile);
+    }
+
+    DEVICE void copy(int into) {
+        copy16(ring_codes + into, codes);
+        copy16<512>(ring_codes + into, codes);
+        copy4(ring_scales + into, scales);
+        commit_copies();
+        codes += WARPS_K * 1024;
+        scales += WARPS_K * 32;
+    }
+
+    // The oldest step's weights. The slot that was used last is filled again.
+    DEVICE void take(Words4 (&words)[2], u32& scale_word) {
+        wait_copies<STAGES - 2>();
+        copy(free);
+        words[0] = load_shared16(ring_codes + slot);
+        words[1] = load_shared16(ring_codes + slot + 512);
+        scale_word = load_shared4(ring_scales + slot);
+        free = slot;
+        slot = slot == (STAGES - 1) * SLOT ? 0 : slot + SLOT;
+    }
+};

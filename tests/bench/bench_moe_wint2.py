@@ -1,0 +1,345 @@
+"""The WINT2 expert op against its own limits, torch's bfloat and torch's int4, in one run.
+
+python -m tests.bench.bench_moe_wint2 [--model 300b|21b] [--tokens 1,8,64,4096] [--repeats 9]
+
+Each time is the median over replays of a CUDA graph that holds the op alone, after all of L2 was
+overwritten, and over three routings. GB/s counts the bytes of the experts that were used, in the op's own
+format; "copy" is the rate of a large device-to-device copy in the same run, read and written bytes counted.
+The rows for int4 and bfloat come sorted for nothing; int4 is torch.ops.aten._weight_int4pack_mm, expert by
+expert, in groups of 128; bfloat is torch._grouped_mm.
+
+Without a GPU the op runs in the host emulator on a small shape, to show that the script and the kernels work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cuda_kernels.build import Variant, device_arch, warm_up
+from cuda_kernels.expert_gemm import gemm_variants
+from cuda_kernels.launch import Argument, Device, Grid, cuda_device
+from cuda_kernels.moe_wint2 import launch_moe_wint2, moe_wint2, projection_variants
+from cuda_kernels.packing import PackedWint2, pack_wint2
+from tests.cuda_kernels.emulator.emulator import Emulator
+from tests.cuda_kernels.generators import code_parameters, layer
+
+Int4Expert = tuple[tuple[Tensor, Tensor], ...]  # (packed codes, scales) of up and gate, of down
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024, 4096)
+MAX_INT4_TOKENS = 128
+BFLOAT = ("WINT2_BFLOAT", 1)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One MoE layer: D hidden, F intermediate, E experts, A experts a token."""
+
+    hidden: int
+    intermediate: int
+    num_experts: int
+    experts_per_token: int
+
+    @property
+    def expert_weights(self) -> int:
+        return 3 * self.hidden * self.intermediate
+
+
+SHAPES = {"300b": Shape(8192, 3584, 64, 8), "21b": Shape(2560, 1536, 64, 6)}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the device does at its best: bytes a second of a copy, operations a second of a bfloat product."""
+
+    copy_bytes: float
+    bfloat_flops: float
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Rows of tokens for experts."""
+
+    ids_TA: Tensor
+    weights_TA: Tensor
+
+    @property
+    def used(self) -> list[int]:
+        return self.ids_TA.unique().tolist()
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to compute the layer: `prepare(hidden, routing)` gives what is timed."""
+
+    name: str
+    bytes_per_expert: float
+    max_tokens: int
+    prepare: Callable[[Tensor, Routing], Callable[[], object]]
+
+
+class WithMacros:
+    """A device whose expert kernels are built with further macros."""
+
+    def __init__(self, device: Device, *macros: tuple[str, int]) -> None:
+        self.num_multiprocessors, self.shared_bytes = device.num_multiprocessors, device.shared_bytes
+        self.has_warpgroup_products = device.has_warpgroup_products
+        self._device, self._macros = device, macros
+
+    def launch(
+        self,
+        variant: Variant,
+        kernel: str,
+        grid: Grid,
+        threads: int,
+        shared_bytes: int,
+        arguments: Sequence[Argument],
+        *,
+        overlaps: bool = False,
+    ) -> None:
+        if variant.stem == "moe_wint2":
+            variant = Variant(variant.stem, variant.defines + self._macros)
+        self._device.launch(variant, kernel, grid, threads, shared_bytes, arguments, overlaps=overlaps)
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    if not torch.cuda.is_available():
+        emulate()
+        return
+    torch.manual_seed(0)
+    build_kernels()
+    machine = measure_machine()
+    properties = torch.cuda.get_device_properties(0)
+    print(f"{properties.name}, CUDA {torch.version.cuda}, torch {torch.__version__}")
+    print(
+        f"copy {machine.copy_bytes / 1e12:.2f} TB/s, bfloat product {machine.bfloat_flops / 1e12:.0f} TFLOP/s"
+    )
+    for name in arguments.model:
+        compare(SHAPES[name], name, arguments.tokens, arguments.repeats, machine)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=lambda text: text.split(","), default=list(SHAPES))
+    parser.add_argument("--tokens", type=lambda text: [int(n) for n in text.split(",")], default=list(TOKENS))
+    parser.add_argument("--repeats", type=int, default=9)
+    return parser.parse_args()
+
+
+def build_kernels() -> None:
+    decode = projection_variants()
+    bfloat = [Variant(variant.stem, (*variant.defines, BFLOAT)) for variant in decode]
+    arch = device_arch(torch.cuda.get_device_capability())
+    warm_up([*decode, *bfloat, *gemm_variants(), Variant("routing")], arch)
+
+
+def emulate() -> None:
+    print("no GPU: the kernels run in the host emulator, on a small layer; there is nothing to time")
+    case = layer(3, 4, 2, 256, 136)
+    with tempfile.TemporaryDirectory() as folder:
+        out = launch_moe_wint2(Emulator(Path(folder)), *case.arguments).double()
+    reference = moe_wint2(*case.arguments).double()
+    print(f"3 tokens, 4 experts, 256 x 136: error {float((out - reference).norm() / reference.norm()):.1e}")
+
+
+def measure_machine() -> Machine:
+    block = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    other = torch.empty_like(block)
+    square = torch.randn(8192, 8192, device="cuda").bfloat16()
+    copy = statistics.median(times(lambda: other.copy_(block), 10))
+    product = statistics.median(times(lambda: square @ square, 10))
+    return Machine(2 * block.numel() / copy, 2 * 8192**3 / product)
+
+
+def compare(shape: Shape, name: str, tokens: Sequence[int], repeats: int, machine: Machine) -> None:
+    contenders = [*wint2_contenders(shape), int4_contender(shape), bfloat_contender(shape)]
+    print(f"\nERNIE-4.5-{name.upper()}: {shape}")
+    print(f"{'tokens':>6}  {'op':16}{'us':>9}{'GB/s':>7}{'% copy':>8}{'TFLOP/s':>9}{'% bf16':>8}", end="")
+    print("   times as fast as int4, bfloat")
+    for num_tokens in tokens:
+        hidden = torch.randn(num_tokens, shape.hidden, device="cuda").bfloat16()
+        routings = [make_routing(num_tokens, shape) for _ in range(3)]
+        allowed = [contender for contender in contenders if num_tokens <= contender.max_tokens]
+        medians = [median_of(contender, hidden, routings, repeats) for contender in allowed]
+        for contender, seconds in zip(allowed, medians, strict=True):
+            others = [
+                other / seconds
+                for rival, other in zip(allowed, medians, strict=True)
+                if "torch" in rival.name
+            ]
+            ratios = "".join(f"{ratio:9.2f}" for ratio in others)
+            print(row(contender, seconds, num_tokens, routings, shape, machine) + ratios, flush=True)
+
+
+def row(
+    contender: Contender,
+    seconds: float,
+    num_tokens: int,
+    routings: list[Routing],
+    shape: Shape,
+    machine: Machine,
+) -> str:
+    used = statistics.mean(len(routing.used) for routing in routings)
+    rate = used * contender.bytes_per_expert / seconds
+    flops = 2 * num_tokens * shape.experts_per_token * shape.expert_weights / seconds
+    text = f"{num_tokens:6}  {contender.name:16}{seconds * 1e6:9.1f}{rate / 1e9:7.0f}"
+    text += f"{rate / machine.copy_bytes:8.0%}{flops / 1e12:9.1f}{flops / machine.bfloat_flops:8.0%}"
+    return text
+
+
+def make_routing(num_tokens: int, shape: Shape) -> Routing:
+    scores = torch.rand(num_tokens, shape.num_experts, device="cuda")
+    ids = scores.topk(shape.experts_per_token).indices.int()
+    return Routing(ids, torch.rand(num_tokens, shape.experts_per_token, device="cuda"))
+
+
+def median_of(contender: Contender, hidden: Tensor, routings: list[Routing], repeats: int) -> float:
+    found = []
+    for routing in routings:
+        run = contender.prepare(hidden, routing)
+        run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        found.append(statistics.median(times(graph.replay, repeats)))
+    return statistics.median(found)
+
+
+def times(run: Callable[[], object], repeats: int) -> list[float]:
+    """Seconds of each call, L2 overwritten before it."""
+    waste = torch.empty(2**26, dtype=torch.int32, device="cuda")
+    found = []
+    for value in range(repeats):
+        waste.fill_(value)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        found.append(start.elapsed_time(end) * 1e-3)
+    return found
+
+
+def wint2_contenders(shape: Shape) -> list[Contender]:
+    """Codes on the grid of 1/128 take the short product; any other take 32-bit integers."""
+    device = cuda_device(0)
+    grid, general = random_layer(shape, "grid"), random_layer(shape, "any")
+    size = sum(packed_bytes(packed) for packed in grid) / shape.num_experts
+    runs = (
+        ("wint2", device, grid),
+        ("wint2 any codes", device, general),
+        ("wint2 bfloat", WithMacros(device, BFLOAT), grid),
+    )
+    return [
+        Contender(name, size, 64 if "bfloat" in name else 2**20, wint2_run(target, packed))
+        for name, target, packed in runs
+    ]
+
+
+def wint2_run(
+    device: Device, packed: tuple[PackedWint2, PackedWint2]
+) -> Callable[[Tensor, Routing], Callable[[], object]]:
+    return lambda hidden, routing: (
+        lambda: launch_moe_wint2(device, hidden, routing.ids_TA, routing.weights_TA, *packed)
+    )
+
+
+def random_layer(shape: Shape, kind: str) -> tuple[PackedWint2, PackedWint2]:
+    """One expert's random weights, as often as there are experts."""
+    up_gate = random_expert(shape.hidden, 2 * shape.intermediate, kind, is_gated=True)
+    down = random_expert(shape.intermediate, shape.hidden, kind, is_gated=False)
+    return repeated(up_gate, shape.num_experts), repeated(down, shape.num_experts)
+
+
+def random_expert(num_rows: int, num_columns: int, kind: str, *, is_gated: bool) -> PackedWint2:
+    code_scale, code_zp = (tensor.cuda() for tensor in code_parameters(kind, (1, num_columns)))
+    return pack_wint2(
+        torch.randint(0, 256, (1, num_rows // 4, num_columns), dtype=torch.uint8, device="cuda"),
+        torch.randint(0, 256, (1, num_rows // 128, num_columns), dtype=torch.uint8, device="cuda"),
+        (torch.rand(1, num_columns, device="cuda") * 1e-3 + 1e-4).bfloat16(),
+        code_scale,
+        code_zp,
+        is_gated=is_gated,
+    )
+
+
+def repeated(packed: PackedWint2, times: int) -> PackedWint2:
+    return packed.map_tensors(lambda tensor: tensor.repeat(times, *[1] * (tensor.ndim - 1)))
+
+
+def packed_bytes(packed: PackedWint2) -> int:
+    tensors = (packed.records, packed.channels, packed.arithmetic, packed.super_scales)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def int4_contender(shape: Shape) -> Contender:
+    sizes = (shape.hidden, 2 * shape.intermediate), (shape.intermediate, shape.hidden)
+    experts = [tuple(int4(*size) for size in sizes) for _ in range(shape.num_experts)]
+    size = shape.expert_weights * (0.5 + 4 / 128)
+    return Contender("torch int4", size, MAX_INT4_TOKENS, lambda x, routing: int4_run(experts, x, routing))
+
+
+def int4(num_rows: int, num_columns: int) -> tuple[Tensor, Tensor]:
+    codes = torch.randint(0, 256, (num_columns, num_rows // 2), dtype=torch.uint8, device="cuda")
+    scales = torch.rand(num_rows // 128, num_columns, 2, device="cuda").bfloat16() * 1e-2
+    return torch.ops.aten._convert_weight_to_int4pack(codes, 8), scales
+
+
+def int4_run(experts: Sequence[Int4Expert], hidden: Tensor, routing: Routing) -> Callable[[], object]:
+    rows = [(e, (routing.ids_TA == e).nonzero(as_tuple=True)) for e in routing.used]
+
+    def run() -> Tensor:
+        out = torch.zeros_like(hidden)
+        for expert, (token, slot) in rows:
+            (up_gate, up_scales), (down, down_scales) = experts[expert]
+            both = torch.ops.aten._weight_int4pack_mm(hidden[token], up_gate, 128, up_scales)
+            y = torch.ops.aten._weight_int4pack_mm(swiglu(both), down, 128, down_scales)
+            out.index_add_(0, token, y * routing.weights_TA[token, slot].unsqueeze(1).bfloat16())
+        return out
+
+    return run
+
+
+def bfloat_contender(shape: Shape) -> Contender:
+    sizes = (shape.hidden, 2 * shape.intermediate), (shape.intermediate, shape.hidden)
+    weights = [
+        torch.randn(shape.num_experts, n, k, device="cuda", dtype=torch.bfloat16) * 0.01 for k, n in sizes
+    ]
+    prepare = lambda x, routing: bfloat_run(weights, shape.num_experts, x, routing)  # noqa: E731
+    return Contender("torch bfloat", 2.0 * shape.expert_weights, 2**20, prepare)
+
+
+def bfloat_run(
+    weights: list[Tensor], num_experts: int, hidden: Tensor, routing: Routing
+) -> Callable[[], object]:
+    order = routing.ids_TA.flatten().argsort(stable=True)
+    token = order // routing.ids_TA.shape[1]
+    counts = torch.bincount(routing.ids_TA.flatten().long(), minlength=num_experts)
+    ends = counts.cumsum(0).int()
+    factors = routing.weights_TA.flatten()[order].unsqueeze(1).bfloat16()
+
+    def run() -> Tensor:
+        both = torch._grouped_mm(hidden[token], weights[0].transpose(1, 2), offs=ends)
+        y = torch._grouped_mm(swiglu(both), weights[1].transpose(1, 2), offs=ends)
+        return torch.zeros_like(hidden).index_add_(0, token, y * factors)
+
+    return run
+
+
+def swiglu(both: Tensor) -> Tensor:
+    gate, up = both.chunk(2, dim=1)
+    return torch.nn.functional.silu(gate) * up
+
+
+if __name__ == "__main__":
+    main()
