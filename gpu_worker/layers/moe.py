@@ -55,9 +55,12 @@ class MoE:
     experts: ExpertWeights | StreamedExperts | PanelExperts
     shared: SwiGLU | PanelSwiGLU | None
     shared_gate: Linear | None = None  # [1, D]: how much of shared(x) each token takes
+    num_splits: int = 1  # an expert's hidden features are dealt out over so many of `experts`
 
     def __call__(self, hidden_TD: torch.Tensor) -> torch.Tensor:
         expert_ids_TA, expert_weights_TA = self.router(hidden_TD)
+        if self.num_splits > 1:
+            expert_ids_TA, expert_weights_TA = self._split(expert_ids_TA, expert_weights_TA)
         routed_TD = moe_ffn(hidden_TD, expert_ids_TA, expert_weights_TA, self.experts)
         if self.shared is None:
             return routed_TD
@@ -65,3 +68,9 @@ class MoE:
         if self.shared_gate is not None:
             shared_TD = shared_TD * self.shared_gate(hidden_TD).sigmoid()
         return routed_TD + shared_TD
+
+    def _split(self, ids_TA: torch.Tensor, weights_TA: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All parts of a chosen expert, each with its weight: their sum is the expert's value."""
+        part = torch.arange(self.num_splits, dtype=ids_TA.dtype, device=ids_TA.device)
+        ids_TAS = ids_TA.unsqueeze(-1) * self.num_splits + part
+        return ids_TAS.flatten(1), weights_TA.repeat_interleave(self.num_splits, dim=1)

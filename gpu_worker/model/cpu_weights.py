@@ -43,7 +43,7 @@ def has_panels(device: torch.device, dtype: torch.dtype) -> bool:
 
 def panel_linear(stored: StoredLinear, k_order: KOrder) -> PanelWeight:
     """A dense layer's weight. WINT2 and WINT4 are the experts' formats, and are decoded here."""
-    if stored.format == "wint8" and len(stored.ranks) == 1:
+    if stored.format == "wint8" and stored.is_one_weight:
         return _quantized(stored, slice(None))
     return panel_dense(stored.dense(k_order))
 
@@ -59,7 +59,8 @@ def panel_experts(experts: Sequence[MLPPlan], k_order: KOrder) -> PanelExperts:
 
 def _expert(expert: MLPPlan, k_order: KOrder) -> PanelExpert:
     half = expert.up_gate.num_outputs // 2
-    if expert.up_gate.format in ("none", "wint2t") or len(expert.up_gate.ranks) > 1:
+    is_one_weight = expert.up_gate.is_one_weight and expert.down.is_one_weight
+    if expert.up_gate.format in ("none", "wint2t") or not is_one_weight:
         gate, up = (panel_dense(part) for part in expert.up_gate.dense(k_order).split(half))
         return PanelExpert(gate, up, panel_dense(expert.down.dense(k_order)))
     gate, up = _quantized(expert.up_gate, slice(half)), _quantized(expert.up_gate, slice(half, None))

@@ -28,6 +28,7 @@ from gpu_worker.model.gpu_weights import can_stream, can_stream_experts, stream_
 from gpu_worker.model.k_order import KOrderChoice, choose_k_order
 from gpu_worker.model.plan import LayerPlan, MLPPlan, ModelPlan, MoEPlan, plan_model
 from gpu_worker.model.safetensors_file import Transfer, keep
+from gpu_worker.model.sharding import Shard, shard_plan
 from gpu_worker.model.stored_weight import StoredLinear, StoredVector
 
 _log = logging.getLogger(__name__)
@@ -55,6 +56,8 @@ def load_model(
         plan = plan_dummy(config, device)
     else:
         plan = plan_model(config, open_checkpoint(config.path, _transfer_to(device)))
+        if plan.num_ranks > 1:
+            plan = shard_plan(plan, config, Shard())
     for note in plan.notes:
         _log.info("%s", note)
     if has_panels(device, dtype):
@@ -133,7 +136,7 @@ class _Loader:
     def _moe(self, plan: MoEPlan) -> MoE:
         shared = self._mlp(plan.shared) if plan.shared else None
         shared_gate = self._linear(plan.shared_gate) if plan.shared_gate else None
-        return MoE(self._router(plan), self._experts(plan), shared, shared_gate)
+        return MoE(self._router(plan), self._experts(plan), shared, shared_gate, plan.num_splits)
 
     def _router(self, plan: MoEPlan) -> Router:
         config = self._config
@@ -153,7 +156,8 @@ class _Loader:
         elif self._streams and can_stream_experts(plan.experts):
             experts = stream_experts(plan.experts, self._k_order, self._count)
         else:
-            experts = pack_experts(self._decoded(plan), len(plan.experts), self._config.num_experts_per_token)
+            num_activated = self._config.num_experts_per_token * plan.num_splits
+            experts = pack_experts(self._decoded(plan), len(plan.experts), num_activated)
         self._held["experts"] += experts.nbytes
         return experts
 

@@ -29,6 +29,7 @@ class MoEPlan:
     experts: tuple[MLPPlan, ...]
     shared: MLPPlan | None
     shared_gate: StoredLinear | None = None
+    num_splits: int = 1  # so many of `experts`, side by side, are one expert's hidden features
 
     def weights(self) -> Iterator[StoredLinear | StoredVector]:
         yield self.router
@@ -71,6 +72,11 @@ class ModelPlan:
         yield from (self.lm_head,) if self.lm_head else ()
         for layer in self.layers:
             yield from layer.weights()
+
+    @property
+    def num_ranks(self) -> int:
+        """Of the checkpoint."""
+        return len(self.final_norm.ranks)
 
     @property
     def stored_bytes(self) -> int:

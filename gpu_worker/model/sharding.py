@@ -16,6 +16,7 @@ from gpu_worker.config import ModelConfig
 from gpu_worker.model.errors import ConfigError
 from gpu_worker.model.plan import LayerPlan, MLPPlan, ModelPlan, MoEPlan
 from gpu_worker.model.stored_slice import slice_linear
+from gpu_worker.model.stored_weight import StoredLinear
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +74,33 @@ def _heads(num_heads: int, head_dim: int, shard: Shard) -> range:
 
 def _shard_moe(moe: MoEPlan, shard: Shard) -> MoEPlan:
     shared = _shard_mlp(moe.shared, shard) if moe.shared else None
-    return replace(moe, experts=tuple(_shard_mlp(expert, shard) for expert in moe.experts), shared=shared)
+    parts = _parts(moe.experts[0].down, _features(moe.experts[0].down, shard))
+    experts = [_slice_mlp(expert, part) for expert in moe.experts for part in parts]
+    return replace(moe, experts=tuple(experts), shared=shared, num_splits=len(parts))
+
+
+def _parts(down: StoredLinear, features: range) -> list[range]:
+    """The features by the files that hold them, where each file has scales of its own.
+
+    An expert is the sum of such parts, so they may count as experts that are always chosen together.
+    """
+    num_files = len(down.ranks) if down.cut == "inputs" and down.format != "none" else 1
+    size = down.num_inputs // num_files
+    if size % GROUP_SIZE or features.start % size or features.stop % size:
+        return [features]
+    return [range(begin, begin + size) for begin in range(features.start, features.stop, size)]
 
 
 def _shard_mlp(mlp: MLPPlan, shard: Shard) -> MLPPlan:
-    width = mlp.down.num_inputs
-    groups = shard.share(_num_groups(width))
-    features = range(groups.start * GROUP_SIZE, min(groups.stop * GROUP_SIZE, width))
+    return _slice_mlp(mlp, _features(mlp.down, shard))
+
+
+def _features(down: StoredLinear, shard: Shard) -> range:
+    groups = shard.share(_num_groups(down.num_inputs))
+    return range(groups.start * GROUP_SIZE, min(groups.stop * GROUP_SIZE, down.num_inputs))
+
+
+def _slice_mlp(mlp: MLPPlan, features: range) -> MLPPlan:
     return MLPPlan(
         slice_linear(mlp.up_gate, (features, features), range(mlp.up_gate.num_inputs)),
         slice_linear(mlp.down, (range(mlp.down.num_outputs),), features),

@@ -35,7 +35,7 @@ class StoredSlice(StoredLinear):
 
     @property
     def is_one_weight(self) -> bool:
-        return self.format != "none" and self._holder() is not None
+        return self.format in ("wint2", "wint4", "wint8") and self._holder() is not None
 
     @property
     def stored_bytes(self) -> int:

@@ -48,6 +48,10 @@ def join_outputs(parts):
     return torch.cat([part for section in by_section for part in section])
 
 
+def expert_parts(moe, expert):
+    return moe.experts[expert * moe.num_splits : (expert + 1) * moe.num_splits]
+
+
 @pytest.mark.parametrize(
     ("folder", "size"), [("whole", 2), ("whole", 4), ("in_ranks", 1), ("in_ranks", 2), ("in_ranks", 4)]
 )
@@ -59,7 +63,7 @@ def test_the_parts_of_all_ranks_are_the_whole(request, folder, size):
         parts = [shard.layers[index] for shard in shards]
         mlps = [(layer.mlp, [part.mlp for part in parts])]
         if config.is_moe_layer(index):
-            mlps = [(layer.mlp.experts[1], [part.mlp.experts[1] for part in parts])]
+            mlps = [(layer.mlp.experts[1], [one for part in parts for one in expert_parts(part.mlp, 1)])]
         assert torch.equal(join_outputs([part.qkv for part in parts]), layer.qkv.dense())
         assert torch.equal(torch.cat([part.o.dense() for part in parts], dim=1), layer.o.dense())
         for mlp, cut in mlps:
@@ -81,7 +85,9 @@ def test_quantized_parts_stay_quantized(whole, in_ranks, size):
 
 def test_a_part_over_ranks_with_scales_of_their_own_is_only_decoded(in_ranks):
     config, plan = read_plan(in_ranks)
-    down = shard_plan(plan, config, Shard()).layers[2].mlp.experts[0].down
+    shard = shard_plan(plan, config, Shard())
+    assert shard.layers[2].mlp.num_splits == 2
+    down = shard.layers[0].mlp.down
     assert not down.is_one_weight
     with pytest.raises(ValueError, match="spans ranks"):
         down.read()
