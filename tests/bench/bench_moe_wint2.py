@@ -23,10 +23,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cuda_kernels.build import Variant, device_arch, warm_up
-from cuda_kernels.expert_gemm import gemm_variants
+from cuda_kernels.build import Variant
 from cuda_kernels.launch import Argument, Device, Grid, cuda_device
-from cuda_kernels.moe_wint2 import launch_moe_wint2, moe_wint2, projection_variants
+from cuda_kernels.moe_wint2 import launch_moe_wint2, moe_wint2
 from cuda_kernels.packing import PackedWint2, pack_wint2
 from tests.cuda_kernels.emulator.emulator import Emulator
 from tests.cuda_kernels.generators import code_parameters, layer
@@ -114,7 +113,6 @@ def main() -> None:
         emulate()
         return
     torch.manual_seed(0)
-    build_kernels()
     machine = measure_machine()
     properties = torch.cuda.get_device_properties(0)
     print(f"{properties.name}, CUDA {torch.version.cuda}, torch {torch.__version__}")
@@ -133,13 +131,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=lambda text: [int(n) for n in text.split(",")], default=list(TOKENS))
     parser.add_argument("--repeats", type=int, default=9)
     return parser.parse_args()
-
-
-def build_kernels() -> None:
-    decode = projection_variants()
-    bfloat = [Variant(variant.stem, (*variant.defines, BFLOAT)) for variant in decode]
-    arch = device_arch(torch.cuda.get_device_capability())
-    warm_up([*decode, *bfloat, *gemm_variants(), Variant("routing")], arch)
 
 
 def emulate() -> None:
