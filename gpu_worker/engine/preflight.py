@@ -8,6 +8,7 @@ memory of a GPU x utilization
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,8 +23,6 @@ from gpu_worker.model.dummy import plan_dummy
 
 RESERVED_BYTES = 2 * GIB
 GPU_SIZES_GIB = (24, 48, 80, 141)
-DEGREES = (1, 2, 4, 8)
-_REPLICATED = frozenset(("embedding", "head", "norms", "router"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,22 +32,19 @@ class Footprint:
     weights: Counter[tuple[str, str]]
     token_bytes: int
     max_position_embeddings: int
-    num_key_value_heads: int
 
     @property
     def weight_bytes(self) -> int:
         return self.weights.total()
 
-    def rank_bytes(self, degree: int) -> int:
-        """Weights of one of `degree` ranks."""
-        return sum(
-            size if kind in _REPLICATED else -(-size // degree) for (kind, _), size in self.weights.items()
-        )
-
-    def largest_model_len(self, device_bytes: int, degree: int = 1) -> int:
+    def largest_model_len(self, device_bytes: int) -> int:
         """The longest context that fits beside the weights; 0 if none does."""
-        left = device_bytes - self.rank_bytes(degree) - RESERVED_BYTES
-        return max(0, min(self.max_position_embeddings, left * degree // self.token_bytes))
+        left = device_bytes - self.weight_bytes - RESERVED_BYTES
+        return max(0, min(self.max_position_embeddings, left // self.token_bytes))
+
+    def smallest_gpu_gib(self, utilization: float) -> int:
+        """What a GPU must have to serve at all."""
+        return math.ceil((self.weight_bytes + RESERVED_BYTES + self.token_bytes) / utilization / GIB)
 
     def lines(self) -> Iterator[str]:
         """The memory table."""
@@ -67,19 +63,16 @@ def footprint(config: ModelConfig, cache_dtype: torch.dtype = torch.bfloat16) ->
     for weight in plan_dummy(config).weights():
         weights[weight.kind, weight.format] += weight.stored_bytes
     token_bytes = kv_block_bytes(config, 1, cache_dtype)
-    return Footprint(weights, token_bytes, config.max_position_embeddings, config.num_key_value_heads)
+    return Footprint(weights, token_bytes, config.max_position_embeddings)
 
 
 def fits(found: Footprint, utilization: float = 0.9) -> Iterator[str]:
-    """For GPUs of common sizes, the fewest that hold the model, and the context that then fits."""
-    degrees = [degree for degree in DEGREES if found.num_key_value_heads % degree == 0]
+    """For GPUs of common sizes, the context that fits."""
     for size in GPU_SIZES_GIB:
-        lengths = ((d, found.largest_model_len(int(size * GIB * utilization), d)) for d in degrees)
-        fitting = next(((degree, length) for degree, length in lengths if length), None)
-        if fitting is None:
-            yield f"GPUs of {size} GiB: more than {degrees[-1]} are needed"
-        else:
-            yield f"GPUs of {size} GiB: {fitting[0]}, context up to {fitting[1]} tokens"
+        length = found.largest_model_len(int(size * GIB * utilization))
+        fitting = f"context up to {length} tokens" if length else "too small"
+        yield f"GPU of {size} GiB: {fitting}"
+    yield f"smallest GPU: {found.smallest_gpu_gib(utilization)} GiB"
 
 
 def check_weights_fit(config: ModelConfig, choice: DeviceChoice, utilization: float) -> None:
@@ -91,18 +84,10 @@ def check_weights_fit(config: ModelConfig, choice: DeviceChoice, utilization: fl
     else:
         total = torch.cuda.get_device_properties(choice.device).total_memory
         limit, where = int(total * utilization), f"of this GPU's {total / GIB:.1f} may be used"
-        remedy = next(iter(_remedies(found, total, utilization)))
+        remedy = f"use one with at least {found.smallest_gpu_gib(utilization)} GiB"
     if found.weight_bytes > limit:
         raise EngineArgsError(
             "model",
             f"{config.path}: the weights need {found.weight_bytes / GIB:.1f} GiB, {limit / GIB:.1f} {where}: "
             f"{remedy}",
         )
-
-
-def _remedies(found: Footprint, total: int, utilization: float) -> Iterator[str]:
-    limit = int(total * utilization)
-    for degree in DEGREES[1:]:
-        if found.num_key_value_heads % degree == 0 and found.largest_model_len(limit, degree):
-            yield f"use {degree} such GPUs, --tensor-parallel-size {degree}, or a larger one"
-    yield "use a larger GPU"

@@ -5,7 +5,7 @@ import torch
 
 from gpu_worker.engine.devices import DeviceChoice
 from gpu_worker.engine.errors import EngineArgsError
-from gpu_worker.engine.preflight import check_weights_fit, fits, footprint
+from gpu_worker.engine.preflight import check_weights_fit, footprint
 from gpu_worker.model.config_reader import read_model_config
 from tests.gpu_worker.test_dummy import ERNIE_300B, write_config
 from wint2.cli import main
@@ -25,7 +25,9 @@ def test_doctor_prints_the_memory_table_of_a_config(ernie_300b, capsys):
     assert "weights                             93.82 GB     87.38 GiB" in text
     assert "experts         wint2               68.77 GB" in text
     assert "216 KiB a token, 27.00 GiB for 131072 tokens" in text
-    assert "GPUs of 80 GiB: 2, context up to 131072 tokens" in text
+    assert "GPU of 80 GiB: too small" in text
+    assert "GPU of 141 GiB: context up to 131072 tokens" in text
+    assert "smallest GPU: 100 GiB" in text
 
 
 def test_doctor_names_what_is_wrong_with_a_config(tmp_path, capsys):
@@ -41,8 +43,9 @@ def test_the_longest_context_that_fits(ernie_300b):
     assert found.largest_model_len(80 * gib) == 0
     assert found.largest_model_len(100 * gib) == (100 * gib - found.weight_bytes - 2 * gib) // 221184
     assert found.largest_model_len(141 * gib) == 131072
-    assert found.rank_bytes(2) < found.weight_bytes * 0.55
-    assert "GPUs of 24 GiB: 8, context up to 131072 tokens" in fits(found)
+    smallest = found.smallest_gpu_gib(0.9)
+    assert found.largest_model_len(int(smallest * 0.9 * gib)) > 0
+    assert found.largest_model_len(int((smallest - 1) * 0.9 * gib)) == 0
 
 
 def test_a_model_that_cannot_fit_is_refused_with_numbers(ernie_300b, monkeypatch):
