@@ -9,6 +9,12 @@ from gateway.responses import CompletionLogprobs, LogprobEntry, TokenEntry
 from protos.wint2.common.v1.common_pb2 import PositionLogprobs, TokenLogprob
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+LOWEST = -9999.0
+
+
+def finite(logprob: float) -> float:
+    """JSON has no infinity: what cannot come is told as very unlikely."""
+    return max(logprob, LOWEST)
 
 
 def logprob_entry(position: PositionLogprobs, texts: dict[int, str]) -> LogprobEntry:
@@ -21,7 +27,7 @@ def token_entry(candidate: TokenLogprob, texts: dict[int, str]) -> TokenEntry:
     is_whole = REPLACEMENT not in text  # a token that is part of a character has no text of its own
     return {
         "token": text,
-        "logprob": candidate.logprob,
+        "logprob": finite(candidate.logprob),
         "bytes": list(text.encode()) if is_whole else None,
     }
 
@@ -38,9 +44,9 @@ def text_logprobs(
     for position in logprobs:
         token = texts[position.sampled.token_id]
         body["tokens"].append(token)
-        body["token_logprobs"].append(position.sampled.logprob)
+        body["token_logprobs"].append(finite(position.sampled.logprob))
         candidates = (*position.top, position.sampled)
-        body["top_logprobs"].append({texts[entry.token_id]: entry.logprob for entry in candidates})
+        body["top_logprobs"].append({texts[entry.token_id]: finite(entry.logprob) for entry in candidates})
         body["text_offset"].append(offset)
         offset += len(token)
     return body, offset
@@ -75,7 +81,7 @@ def position_table(position: PositionLogprobs, texts: dict[int, str]) -> dict[st
     ranks = {entry.token_id: rank for rank, entry in enumerate(position.top, start=1)}
     return {
         str(entry.token_id): {
-            "logprob": entry.logprob,
+            "logprob": finite(entry.logprob),
             "rank": ranks.get(entry.token_id),
             "decoded_token": texts[entry.token_id],
         }
