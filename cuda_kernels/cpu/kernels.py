@@ -71,6 +71,7 @@ def _compiled(name: KernelName) -> numba.core.ccallback.CFunc:
     return numba.cfunc(_SIGNATURE, cache=True)(_KERNELS[name])
 
 
+@cache
 def address_of(name: KernelName) -> int:
     """Where the format's kernel is, for `multiply`."""
     address = _compiled(name).address

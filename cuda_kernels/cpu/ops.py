@@ -37,22 +37,22 @@ def fits(x: torch.Tensor) -> bool:
 
 def linear(x_TK: torch.Tensor, weight: PanelWeight) -> torch.Tensor:
     """x times the weight: [T, N]."""
-    x_TK = x_TK if x_TK.stride(-1) == 1 else x_TK.contiguous()
-    num_rows, num_outputs = x_TK.shape[0], weight.num_outputs
-    y_TN = torch.empty((num_rows, weight.num_panels * PANEL))
-    panels, scale = weight.addresses
+    x_TK = x_TK.contiguous()
+    num_rows, width = x_TK.shape
+    padded = PANEL * weight.panels[2]
+    y_TN = torch.empty((num_rows, padded))
     compiled_linear.linear(
         _team(),
         job_address(compiled_linear.job),
         address_of(weight.format),
-        (x_TK.data_ptr(), 4 * x_TK.stride(0)),
-        (y_TN.data_ptr(), 4 * y_TN.shape[1]),
+        (x_TK.data_ptr(), 4 * width),
+        (y_TN.data_ptr(), 4 * padded),
         num_rows,
-        (panels, weight.panel_bytes, weight.num_panels),
-        scale,
+        weight.panels,
+        weight.addresses[1],
         weight.num_k,
     )
-    return y_TN if y_TN.shape[1] == num_outputs else y_TN[:, :num_outputs].contiguous()
+    return y_TN if padded == weight.num_outputs else y_TN[:, : weight.num_outputs].contiguous()
 
 
 def experts(
@@ -64,25 +64,23 @@ def experts(
     """The weighted sum of each token's experts, or the one network that there is: [T, D]."""
     hidden_TD = hidden_TD.contiguous()
     up, down = weights.experts[0].up, weights.experts[0].down
-    num_tokens, width = hidden_TD.shape
-    y_TD = torch.empty((num_tokens, down.num_panels * PANEL))
-    num_activated = 1 if expert_ids_TA is None else expert_ids_TA.shape[1]
-    ids = 0 if expert_ids_TA is None else expert_ids_TA.data_ptr()
-    factors = 0 if expert_weights_TA is None else expert_weights_TA.data_ptr()
-    order = weights.input_order
-    tables = weights.table.data_ptr(), len(weights.table), order.data_ptr(), len(order)
+    padded = PANEL * down.sizes[2]
+    y_TD = torch.empty((hidden_TD.shape[0], padded))
+    routing = 0, 0, 1
+    if expert_ids_TA is not None and expert_weights_TA is not None:
+        routing = expert_ids_TA.data_ptr(), expert_weights_TA.data_ptr(), expert_ids_TA.shape[1]
     compiled_experts.experts(
         _team(),
         (job_address(compiled_experts.up_gate_job), job_address(compiled_experts.down_job)),
         (address_of(up.format), address_of(down.format)),
-        (*tables, weights.slots.data_ptr()),
-        (up.num_k, up.panel_bytes, up.num_panels),
-        (down.num_k, down.panel_bytes, down.num_panels),
-        (hidden_TD.data_ptr(), num_tokens, width),
-        (ids, factors, num_activated),
+        weights.tables,
+        up.sizes,
+        down.sizes,
+        (hidden_TD.data_ptr(), *hidden_TD.shape),
+        routing,
         y_TD.data_ptr(),
     )
-    return y_TD if y_TD.shape[1] == down.num_outputs else y_TD[:, : down.num_outputs].contiguous()
+    return y_TD if padded == down.num_outputs else y_TD[:, : down.num_outputs].contiguous()
 
 
 def rms_norm(x_TD: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -33,7 +34,7 @@ CODE_ROWS = GROUP_SIZE // 4
 Format = Literal["float32", "bfloat16", "wint8", "wint4", "wint2"]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class PanelWeight:
     """A weight in panels: bytes [J, panel bytes], and float32 [J · 64] column scales where it has them."""
 
@@ -56,10 +57,20 @@ class PanelWeight:
     def nbytes(self) -> int:
         return self.data_JB.nbytes + (0 if self.scale_N is None else self.scale_N.nbytes)
 
-    @property
+    @cached_property
     def addresses(self) -> tuple[int, int]:
         """Of the panels and of the scales, 0 without."""
         return self.data_JB.data_ptr(), 0 if self.scale_N is None else self.scale_N.data_ptr()
+
+    @cached_property
+    def panels(self) -> tuple[int, int, int]:
+        """Their address, the bytes of one, how many."""
+        return self.addresses[0], self.panel_bytes, self.num_panels
+
+    @cached_property
+    def sizes(self) -> tuple[int, int, int]:
+        """Values of x, bytes of a panel, panels."""
+        return self.num_k, self.panel_bytes, self.num_panels
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,7 +86,7 @@ class PanelExpert:
         return self.gate.nbytes + self.up.nbytes + self.down.nbytes
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class PanelExperts:
     """Experts of equal formats and sizes, and their addresses for the compiled driver, `table` int64 [E, 6].
 
@@ -91,6 +102,12 @@ class PanelExperts:
     @property
     def nbytes(self) -> int:
         return sum(expert.nbytes for expert in self.experts)
+
+    @cached_property
+    def tables(self) -> tuple[int, int, int, int, int]:
+        """Address and length of the table and of the input order, address of the slots."""
+        order = self.input_order
+        return self.table.data_ptr(), len(self.table), order.data_ptr(), len(order), self.slots.data_ptr()
 
 
 def stack_experts(experts: Sequence[PanelExpert], k_order: KOrder) -> PanelExperts:

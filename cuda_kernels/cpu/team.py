@@ -66,6 +66,7 @@ def _compiled(job: Callable[[int], None]) -> numba.core.ccallback.CFunc:
     return numba.cfunc(_JOB_SIGNATURE, cache=True)(job)
 
 
+@cache
 def address_of(job: Callable[[int], None]) -> int:
     """Where the compiled job is; its one argument is the address of what it needs."""
     address = _compiled(job).address
