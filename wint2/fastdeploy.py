@@ -71,6 +71,7 @@ NOTES: dict[str, tuple[str, ...]] = {
     ),
     "the worker warms itself up before it says that it is ready": ("use-warmup",),
     "the next step is prepared as the engine sees fit": ("enable-overlap-schedule",),
+    "structured output is always offered, by llguidance": ("guided-decoding-backend",),
     "the MoE layer chooses its own tiles": ("enable-chunked-moe", "chunked-moe-size"),
     "it concerns communication that is not used here": (
         "disable-custom-all-reduce",
@@ -124,10 +125,7 @@ REFUSALS: dict[str, tuple[str, ...]] = {
     "sparse attention is not offered": ("plas-attention-config",),
     "answers are not stopped early": ("early-stop-config", "enable-early-stop"),
     "there is no speculative decoding": ("speculative-config",),
-    "requests bring their own response_format; no backend is chosen at the start": (
-        "guided-decoding-backend",
-        "guided-decoding-disable-any-whitespace",
-    ),
+    "white space in structured output is bounded, not forbidden": ("guided-decoding-disable-any-whitespace",),
     "logits processors cannot be loaded by name": ("logits-processors",),
     "the answer has no place for it": (
         "enable-keep-sampling-mask",
@@ -149,7 +147,6 @@ HARMLESS: dict[str, frozenset[str]] = {
     "quantization": frozenset({"wint2"}),
     "splitwise-role": frozenset({"mixed"}),
     "scheduler-name": frozenset({"local"}),
-    "guided-decoding-backend": frozenset({"off"}),
     "max-logprobs": frozenset({"20"}),
     "logprobs-mode": frozenset({"raw_logprobs"}),
     "controller-port": frozenset({"-1"}),

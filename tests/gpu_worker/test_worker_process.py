@@ -21,7 +21,13 @@ from gpu_worker.facts import count_parameters
 from gpu_worker.model.config_reader import read_model_config
 from protos.rpc.channel import open_channel, wait_serving, watch_health
 from protos.rpc.errors import from_rpc_error
-from protos.wint2.common.v1.common_pb2 import SamplingParams, TokenIds
+from protos.wint2.common.v1.common_pb2 import (
+    FINISH_REASON_STOP,
+    Choices,
+    SamplingParams,
+    StructuredOutput,
+    TokenIds,
+)
 from protos.wint2.worker.v1 import worker_pb2, worker_pb2_grpc
 from tests.fakes import FakeScheduler, scheduler_service, serving
 from tests.tiny import make_tiny_model
@@ -75,10 +81,14 @@ def assert_refused(result, *words):
     return message
 
 
-def generate(channel, max_tokens=8):
-    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+def generate(channel, max_tokens=8, **more):
+    params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **more)
     request = worker_pb2.GenerateRequest(prompt=TokenIds(ids=[10, 20, 30]), sampling_params=params)
     return worker_pb2_grpc.WorkerServiceStub(channel).Generate(request)
+
+
+def token_ids(events):
+    return [token_id for event in events for token_id in event.delta.token_ids]
 
 
 async def test_the_whole_life_of_a_worker(model, tmp_path):
@@ -103,7 +113,10 @@ async def test_the_whole_life_of_a_worker(model, tmp_path):
         first = [event async for event in generate(channel)]
         assert first[-1].finish.usage.completion_tokens == 8
         again = [event async for event in generate(channel)]
-        assert [event.delta for event in first] == [event.delta for event in again], "greedy repeats itself"
+        assert token_ids(first) == token_ids(again), "greedy repeats itself"
+        wanted = StructuredOutput(choice=Choices(texts=["the", "ing"]))
+        chosen = [event async for event in generate(channel, structured_output=wanted)]
+        assert chosen[-1].finish.reason == FINISH_REASON_STOP
 
         async with serving(scheduler_service(scheduler), listen=address):
             async with asyncio.timeout(10):
