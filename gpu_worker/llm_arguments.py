@@ -108,6 +108,7 @@ REFUSED = {
     "guided_decoding_disable_any_whitespace": "whitespace in structured output is the grammar's",
     "enable_keep_sampling_mask": "sampling masks are not returned",
     "enable_entropy": "entropies are not returned",
+    "logprobs_mode": "logprobs are those of the model's own distribution, raw_logprobs",
     "routing_replay_config": "routing cannot be replayed",
     "enable_lora": "adapters are not supported",
     "hf_overrides": "config.json is used as it is",
@@ -125,6 +126,7 @@ HARMLESS = {
     "cpu_offload_gb": (0,),
     "splitwise_role": ("mixed",),
     "model_config_name": ("config.json",),
+    "logprobs_mode": ("raw_logprobs",),
 }
 
 _OWN = tuple(field.name for field in fields(EngineArgs))
