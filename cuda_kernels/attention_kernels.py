@@ -16,7 +16,7 @@ from torch import Tensor
 from cuda_kernels.build import Variant
 from cuda_kernels.launch import Argument, Device, check
 
-_HEAD_DIMS = (64, 128)
+HEAD_DIMS = (64, 128)
 _DECODE_ROWS, _PREFILL_ROWS = 16, 64  # query rows of a block
 _DECODE_THREADS = _PREFILL_THREADS = 128
 _DECODE_WARPS, _PREFILL_KEYS = 4, 64
@@ -59,7 +59,7 @@ def has_kernel(query_THC: Tensor, step: Step) -> bool:
     group = query_THC.shape[1] // step.num_kv_heads
     return (
         query_THC.dtype == step.key_cache_BPGC.dtype == torch.bfloat16
-        and query_THC.shape[2] in _HEAD_DIMS
+        and query_THC.shape[2] in HEAD_DIMS
         and group <= _DECODE_ROWS
         and step.block_size >= _MIN_BLOCK
         and step.block_size.bit_count() == 1
@@ -103,7 +103,13 @@ def _launch_decode(
     shared_bytes = _DECODE_ROWS * (_DECODE_WARPS * width + _MAX_SHARES + 2) * 4 + 16
     grid = num_rows, shares
     device.launch(
-        _variant("decode", head_dim), "attention_decode", grid, _DECODE_THREADS, shared_bytes, arguments
+        _variant("decode", head_dim),
+        "attention_decode",
+        grid,
+        _DECODE_THREADS,
+        shared_bytes,
+        arguments,
+        overlaps=True,
     )
 
 
@@ -117,7 +123,13 @@ def _launch_prefill(
     shared_bytes = 2 * _PREFILL_KEYS * (4 * head_dim + 80)
     grid = tiles, step.num_kv_heads
     device.launch(
-        _variant("prefill", head_dim), "attention_prefill", grid, _PREFILL_THREADS, shared_bytes, arguments
+        _variant("prefill", head_dim),
+        "attention_prefill",
+        grid,
+        _PREFILL_THREADS,
+        shared_bytes,
+        arguments,
+        overlaps=True,
     )
 
 
@@ -127,9 +139,9 @@ def choose_shares(num_rows: int, max_context: int, num_multiprocessors: int) -> 
     return max(1, min(wanted, -(-max_context // _MIN_KEYS), _MAX_SHARES))
 
 
-def variants() -> list[Variant]:
+def variants(head_dim: int) -> list[Variant]:
     """Every kernel that the op may ask for."""
-    return [_variant(kind, head_dim) for kind in ("decode", "prefill") for head_dim in _HEAD_DIMS]
+    return [_variant(kind, head_dim) for kind in ("decode", "prefill") if head_dim in HEAD_DIMS]
 
 
 def _variant(kind: str, head_dim: int) -> Variant:

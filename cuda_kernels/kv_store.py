@@ -61,4 +61,6 @@ def launch_kv_store(
     arguments: list[Argument] = [key_TGC, value_TGC, key_cache_BPGC, value_cache_BPGC, slot_mapping_T]
     arguments += [*strides, row_bytes // _VECTOR_BYTES]
     if len(key_TGC):
-        device.launch(Variant("kv_store"), "kv_store", (len(key_TGC), 1), _THREADS, 0, arguments)
+        device.launch(
+            Variant("kv_store"), "kv_store", (len(key_TGC), 1), _THREADS, 0, arguments, overlaps=True
+        )

@@ -58,5 +58,5 @@ def launch_rms_norm(
     threads = min(_MAX_THREADS, -(-vectors // 32) * 32)
     if num_tokens:
         arguments = [x_TD, residual_TD, weight_D, normed_TD, sum_TD, vectors, threads, float(eps)]
-        device.launch(Variant("norm"), "rms_norm", (num_tokens, 1), threads, 128, arguments)
+        device.launch(Variant("norm"), "rms_norm", (num_tokens, 1), threads, 128, arguments, overlaps=True)
     return normed_TD, sum_TD

@@ -78,4 +78,4 @@ def launch_rope(
     ]
     if num_tokens:
         grid = num_tokens, -(-vectors // _THREADS)
-        device.launch(Variant("rope"), "rope", grid, _THREADS, 0, arguments)
+        device.launch(Variant("rope"), "rope", grid, _THREADS, 0, arguments, overlaps=True)

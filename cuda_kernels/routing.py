@@ -81,7 +81,15 @@ def launch_router(
     arguments += [num_experts_per_token, float(norm_min)]
     if num_tokens:
         shared_bytes = 4 * (8 * num_tokens + 1)
-        device.launch(route_variant(num_experts), "router", (num_experts, 1), 256, shared_bytes, arguments)
+        device.launch(
+            route_variant(num_experts),
+            "router",
+            (num_experts, 1),
+            256,
+            shared_bytes,
+            arguments,
+            overlaps=True,
+        )
     return ids_TA, weights_TA
 
 
@@ -115,7 +123,7 @@ def launch_route(
     arguments += [num_experts_per_token, float(norm_min)]
     if num_tokens:
         grid = -(-num_tokens // _WARPS), 1
-        device.launch(route_variant(num_experts), "route", grid, 32 * _WARPS, 0, arguments)
+        device.launch(route_variant(num_experts), "route", grid, 32 * _WARPS, 0, arguments, overlaps=True)
     return ids_TA, weights_TA
 
 

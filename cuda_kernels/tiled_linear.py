@@ -31,7 +31,7 @@ def stages_and_blocks(bits: Bits, token_tiles: int) -> tuple[int, int]:
             return 4, 2
         case 4:
             return (3, 1) if bits == 4 else (3, 2)
-    return 2, 1
+    return 4, 1
 
 
 def tiled_linear(x_TK: Tensor, weight: TiledWeight) -> Tensor:
@@ -59,10 +59,18 @@ def launch_tiled_linear(device: Device, x_TK: Tensor, weight: TiledWeight) -> Te
     y_TN = x_TK.new_empty((num_tokens, weight.num_features))
     if num_tokens:
         token_tiles = choose_token_tiles(num_tokens)
-        grid = weight.num_pairs, -(-num_tokens // (8 * token_tiles))
+        num_tiles = -(-num_tokens // (8 * token_tiles))
         rows: list[Argument] = [num_tokens, None, 0, None, None]
         _launch(
-            device, weight, _GATED if weight.is_gated else _PLAIN, token_tiles, grid, x_TK, rows, y_TN, None
+            device,
+            weight,
+            _GATED if weight.is_gated else _PLAIN,
+            token_tiles,
+            num_tiles,
+            x_TK,
+            rows,
+            y_TN,
+            None,
         )
     return y_TN
 
@@ -76,7 +84,9 @@ def launch_untile(device: Device, weight: TiledWeight) -> Tensor:
     grid = weight.num_pairs, -(-weight.num_chunks // 8)
     arguments: list[Argument] = [weight.tiles, weight.scales, out_NK, weight.num_pairs, weight.num_chunks]
     arguments += [weight.num_outputs, weight.num_inputs, half]
-    device.launch(Variant("untile", (("BITS", weight.bits),)), "untile", grid, 256, 0, arguments)
+    device.launch(
+        Variant("untile", (("BITS", weight.bits),)), "untile", grid, 256, 0, arguments, overlaps=True
+    )
     return out_NK
 
 
@@ -124,10 +134,11 @@ def launch_moe_tiled(
         (down, _WEIGHTED, h_RF, y_RD, 0),
     ):
         rows: list[Argument] = [num_routed, sorted_R, divisor, tiles, num_tiles]
-        grid = weight.num_pairs, len(tiles)
-        _launch(device, weight, kind, token_tiles, grid, x, rows, y, weights_TA)
+        _launch(device, weight, kind, token_tiles, len(tiles), x, rows, y, weights_TA)
     combine: list[Argument] = [y_RD, out_TD, width, activated]
-    device.launch(Variant("routing"), "combine", (num_tokens, -(-width // 1024)), 256, 0, combine)
+    device.launch(
+        Variant("routing"), "combine", (num_tokens, -(-width // 1024)), 256, 0, combine, overlaps=True
+    )
     return out_TD
 
 
@@ -138,7 +149,9 @@ def _sort(device: Device, ids_TA: Tensor, num_experts: int, tile_rows: int) -> t
     sorted_R = ids_TA.new_empty(num_routed)
     tiles, num_tiles = ids_TA.new_empty((max_tiles, 4)), ids_TA.new_empty(1)
     arguments: list[Argument] = [ids_TA, num_routed, num_experts, tile_rows, sorted_R, tiles, num_tiles]
-    device.launch(Variant("routing"), "dispatch", (1, 1), 1024, (33 * num_experts + 1) * 4, arguments)
+    device.launch(
+        Variant("routing"), "dispatch", (1, 1), 1024, (33 * num_experts + 1) * 4, arguments, overlaps=True
+    )
     return sorted_R, tiles, num_tiles
 
 
@@ -153,17 +166,22 @@ def choose_warps(num_blocks: int, blocks: int, num_multiprocessors: int) -> int:
     return 4 if resident < num_blocks <= 3 * resident else 8
 
 
-def variants() -> list[Variant]:
-    """Every kernel that these ops may ask for."""
-    bits: tuple[Bits, ...] = (4, 8, 16)
-    shapes = product(bits, _TOKEN_TILES, (_PLAIN, _GATED, _WEIGHTED), (4, 8))
-    return [_variant(*shape) for shape in shapes] + [Variant("untile", (("BITS", b),)) for b in (4, 8)]
+def pairs_a_block(token_tiles: int, warps: int) -> int:
+    """Pairs that share the rows they read: many rows would else outweigh the weights."""
+    return warps // 2 if token_tiles == _TOKEN_TILES[-1] else 1
+
+
+def variants(bits: Bits) -> list[Variant]:
+    """Every kernel that these ops may ask for with weights of that many bits."""
+    shapes = product(_TOKEN_TILES, (_PLAIN, _GATED, _WEIGHTED), (4, 8))
+    untile = [] if bits == 16 else [Variant("untile", (("BITS", bits),))]
+    return [_variant(bits, *shape) for shape in shapes] + untile
 
 
 def _variant(bits: Bits, token_tiles: int, kind: int, warps: int) -> Variant:
     stages, blocks = stages_and_blocks(bits, token_tiles)
     defines = {"BITS": bits, "TOKEN_TILES": token_tiles, "OUTPUT": kind, "STAGES": stages}
-    defines |= {"WARPS": warps, "BLOCKS": blocks * 8 // warps}
+    defines |= {"WARPS": warps, "WARPS_N": pairs_a_block(token_tiles, warps), "BLOCKS": blocks * 8 // warps}
     return Variant("tiled_linear", tuple(defines.items()))
 
 
@@ -172,7 +190,7 @@ def _launch(
     weight: TiledWeight,
     kind: int,
     token_tiles: int,
-    grid: tuple[int, int],
+    num_tiles: int,
     x: Tensor,
     rows: list[Argument],
     y: Tensor,
@@ -181,7 +199,8 @@ def _launch(
     arguments: list[Argument] = [weight.tiles, weight.scales, weight.num_pairs, weight.num_chunks]
     arguments += [x, weight.num_inputs, *rows, y, expert_weights, weight.num_features]
     _, blocks = stages_and_blocks(weight.bits, token_tiles)
-    warps = choose_warps(grid[0] * grid[1], blocks, device.num_multiprocessors)
+    warps = choose_warps(weight.num_pairs * num_tiles, blocks, device.num_multiprocessors)
+    grid = -(-weight.num_pairs // pairs_a_block(token_tiles, warps)), num_tiles
     shared_bytes = warps * 8 * token_tiles * _SUMS_STRIDE * 4
     variant = _variant(weight.bits, token_tiles, kind, warps)
-    device.launch(variant, "tiled_linear", grid, 32 * warps, shared_bytes, arguments)
+    device.launch(variant, "tiled_linear", grid, 32 * warps, shared_bytes, arguments, overlaps=True)

@@ -156,6 +156,8 @@ KERNEL(THREADS, 2) attention_decode(const Words4* query, const Words4* keys, con
     DYNAMIC_SHARED(shared);
     float *partial = (float*)shared, *factors = partial + WARPS * ROWS * ROW, *ends = factors + ROWS * MAX_SHARES;
     int* is_last = (int*)(ends + 2 * ROWS);
+    wait_for_earlier_kernels();
+    let_next_kernel_start();
     int sequence = blockIdx.x / kv_heads, kv_head = blockIdx.x % kv_heads, group = heads / kv_heads;
     long token = query_starts[sequence];
     int length = context_lens[sequence];

@@ -90,6 +90,8 @@ KERNEL(THREADS, 2) attention_prefill(const Words4* query, const Words4* keys, co
                                      int tile_tokens, int tiles, int heads, int kv_heads, int query_stride,
                                      int block_bits, int table_width, float scale) {
     DYNAMIC_SHARED(shared);
+    wait_for_earlier_kernels();
+    let_next_kernel_start();
     // The tiles that see the most keys begin first.
     Place place = find(starts, sequences, tile_tokens, tiles - 1 - (int)blockIdx.x);
     int group = heads / kv_heads, kv_head = blockIdx.y, start = starts[place.sequence];

@@ -37,6 +37,8 @@ DEVICE u32 scale_pair(u32 x, float factor, u32 weight) {
 KERNEL(THREADS, 1) rms_norm(const Eight* x, const Eight* residual, const Eight* weight, Eight* out, Eight* sum,
                             int vectors, int threads, float eps) {
     DYNAMIC_SHARED(shared);
+    wait_for_earlier_kernels();
+    let_next_kernel_start();
     long row = (long)blockIdx.x * vectors;
     Eight values[MAX_VECTORS];
     float squares = 0;

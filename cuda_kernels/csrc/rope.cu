@@ -14,6 +14,8 @@ DEVICE u32 rotate(u32 pair, float cos, float sin) {
 // vectors of eight features; `cos_sin` has head_dim / 2 cosines, then as many sines, for each position.
 KERNEL(256, 4) rope(Pairs* query, Pairs* key, const long* positions, const float* cos_sin, int query_stride,
                     int key_stride, int query_vectors, int vectors, int head_dim) {
+    wait_for_earlier_kernels();
+    let_next_kernel_start();
     int vector = blockIdx.y * 256 + threadIdx.x;
     if (vector >= vectors) return;
     long token = blockIdx.x;

@@ -86,6 +86,8 @@ struct Chooser {
 // A warp a token.
 KERNEL(32 * WARPS, 4) route(const float* logits, const float* bias, int* ids, float* weights, int tokens, int experts,
                             int activated, float norm_min) {
+    wait_for_earlier_kernels();
+    let_next_kernel_start();
     int token = blockIdx.x * WARPS + threadIdx.x / 32;
     Chooser chooser = {logits, bias, ids, weights, experts, activated, norm_min};
     if (token < tokens) chooser.choose(token, threadIdx.x % 32);
@@ -119,6 +121,8 @@ KERNEL(ROUTER_THREADS, 2) router(const Eight* x, const Floats4* weight, int vect
     float* partial = (float*)shared;  // [tokens, ROUTER_WARPS]
     int* is_last = (int*)(partial + tokens * ROUTER_WARPS);
     int expert = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    wait_for_earlier_kernels();
+    let_next_kernel_start();
     for (int token = 0; token < tokens; ++token) {
         float sum = warp_sum(dot(x + (long)token * vectors, weight + (long)expert * 2 * vectors, vectors));
         if (lane == 0) partial[token * ROUTER_WARPS + warp] = sum;

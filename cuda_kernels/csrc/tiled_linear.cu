@@ -1,11 +1,11 @@
 // y = x · Wᵀ with weights of 4, 8 or 16 bits streamed once, for few rows of x: dense layers and routed experts.
 //
-// A block computes 32 outputs (two 16-channel tiles, or 16 gates and their 16 ups) of one tile of rows. Its warps share
-// K chunk by chunk. Sums meet in shared memory, in the order of the warps: a row's result does not depend on the
-// rows beside it.
+// A pair is 32 outputs (two 16-channel tiles, or 16 gates and their 16 ups). A block computes WARPS_N pairs of one tile
+// of rows, side by side so that they find x in the L1 cache; the warps of a pair share K chunk by chunk. Their sums meet
+// in shared memory, in the order of the warps: a row's result does not depend on the rows beside it.
 #include "tiled.cuh"
 
-constexpr int THREADS = 32 * WARPS;
+constexpr int THREADS = 32 * WARPS, WARPS_K = WARPS / WARPS_N;
 constexpr int ROWS = 8 * TOKEN_TILES;             // of x in one tile
 constexpr int STRIDE = 36;                        // of one row's 32 sums: 4t+g meet 32 different banks
 enum { PLAIN = 0, GATED = 1, WEIGHTED = 2 };      // OUTPUT: bfloat y, bfloat silu(gate)·up, float y · expert weight
@@ -71,39 +71,45 @@ DEVICE void multiply(Sums& sums, const Words4& tile0, const Words4& tile1, const
     }
 }
 
+DEVICE int my_warp_n() { return threadIdx.x / 32 % WARPS_N; }
+DEVICE int my_warp_k() { return threadIdx.x / 32 / WARPS_N; }
+DEVICE int my_chunks(int chunks) { return (chunks - my_warp_k() + WARPS_K - 1) / WARPS_K; }
+
+// This warp's chunks, every WARPS_K-th, STAGES of them in flight.
 struct Stream {
     const Words4* next;  // this lane's share of the chunk to be loaded
-    int left;            // chunks of this warp that are not loaded yet
+    int left;            // chunks that are not loaded yet
+    Words4 ring[STAGES][2];
 
     DEVICE void load(Words4 (&chunk)[2]) {
         if (left-- <= 0) return;
         chunk[0] = load_once16(next);
         chunk[1] = load_once16(next + 32);
-        next += WARPS * 64;
+        next += WARPS_K * 64;
+    }
+    DEVICE void start(const Words4* weights, int chunks) {
+        next = weights + my_warp_k() * 64 + threadIdx.x % 32;
+        left = my_chunks(chunks);
+#pragma unroll
+        for (auto& chunk : ring) load(chunk);
     }
 };
 
-// This warp's chunks, every WARPS-th, STAGES of them in flight.
-DEVICE void sweep(Sums& sums, const Words4* weights, const Input& input, int chunks) {
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int mine = (chunks - warp + WARPS - 1) / WARPS, k = warp * K_CHUNK + lane % 4 * K_LANE;
-    Stream stream = {weights + warp * 64 + lane, mine};
-    Words4 ring[STAGES][2];
-#pragma unroll
-    for (auto& chunk : ring) stream.load(chunk);
+DEVICE void sweep(Sums& sums, Stream& stream, const Input& input, int chunks) {
+    int mine = my_chunks(chunks), k = my_warp_k() * K_CHUNK + threadIdx.x % 4 * K_LANE;
     while (mine > 0) {
 #pragma unroll
-        for (auto& chunk : ring) {
+        for (auto& chunk : stream.ring) {
             if (mine-- <= 0) break;
             Words4 tile0 = chunk[0], tile1 = chunk[1];
             stream.load(chunk);
             multiply(sums, tile0, tile1, input, k);
-            k += WARPS * K_CHUNK;
+            k += WARPS_K * K_CHUNK;
         }
     }
 }
 
-// partial [WARPS, ROWS, STRIDE]
+// partial [WARPS_K, WARPS_N, ROWS, STRIDE]
 DEVICE void put(const Sums& sums, float* partial) {
     int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
 #pragma unroll
@@ -116,9 +122,9 @@ DEVICE void put(const Sums& sums, float* partial) {
     }
 }
 
-DEVICE float total(const float* partial, int row, int channel) {
+DEVICE float total(const float* partial, int warp_n, int row, int channel) {
     float sum = 0;
-    for (int warp = 0; warp < WARPS; ++warp) sum += partial[(warp * ROWS + row) * STRIDE + channel];
+    for (int k = 0; k < WARPS_K; ++k) sum += partial[((k * WARPS_N + warp_n) * ROWS + row) * STRIDE + channel];
     return sum;
 }
 
@@ -130,15 +136,17 @@ struct Output {
 
     DEVICE float scale(long pair, int channel) const { return scales ? scales[pair * 32 + channel] : 1.f; }
 
-    DEVICE void write(const float* partial, const Rows& rows, const Tile& tile, int pair, long stored_pair) const {
+    // `first_pair` of the block's pairs, `stored_pair` the same with its expert's.
+    DEVICE void write(const float* partial, const Rows& rows, const Tile& tile, int first_pair, long stored_pair) const {
         constexpr int WIDTH = OUTPUT == GATED ? 16 : 32;
-        for (int i = threadIdx.x; i < tile.rows * WIDTH; i += THREADS) {
-            int row = i / WIDTH, channel = i % WIDTH, n = pair * WIDTH + channel;
+        for (int i = threadIdx.x; i < tile.rows * WIDTH * WARPS_N; i += THREADS) {
+            int channel = i % WIDTH, warp_n = i / WIDTH % WARPS_N, row = i / (WIDTH * WARPS_N);
+            int n = (first_pair + warp_n) * WIDTH + channel;
             if (n >= channels) continue;
-            float y = total(partial, row, channel) * scale(stored_pair, channel);
+            float y = total(partial, warp_n, row, channel) * scale(stored_pair + warp_n, channel);
             long place = rows.output(tile.first + row);
             if (OUTPUT == GATED) {
-                float up = total(partial, row, channel + 16) * scale(stored_pair, channel + 16);
+                float up = total(partial, warp_n, row, channel + 16) * scale(stored_pair + warp_n, channel + 16);
                 y = y * up / (1.f + fast_exp(-y));
             }
             if (OUTPUT == WEIGHTED) {
@@ -150,23 +158,31 @@ struct Output {
     }
 };
 
-// Block (pair, tile). `tiles` null: dense, row tiles of `num_rows`.
+// Block (WARPS_N pairs, tile). `tiles` null: dense, row tiles of `num_rows`.
 KERNEL(THREADS, BLOCKS) tiled_linear(const Words4* weights, const float* scales, int pairs, int chunks, const u16* x,
                                      int length, int num_rows, const int* sorted, int experts_per_token,
                                      const Tile* tiles, const int* num_tiles, void* values,
                                      const float* expert_weights, int channels) {
     DYNAMIC_SHARED(shared);
-    int pair = blockIdx.x, first = blockIdx.y * ROWS;
-    if (tiles && blockIdx.y >= *num_tiles) return;
+    int first_pair = blockIdx.x * WARPS_N, first = blockIdx.y * ROWS;
     Tile tile = {0, first, smaller(ROWS, num_rows - first), 0};
-    if (tiles) tile = tiles[blockIdx.y];
     Rows rows = {sorted, experts_per_token};
-    long stored_pair = (long)tile.expert * pairs + pair;
+    Stream stream;
+    if (tiles) {
+        wait_for_earlier_kernels();
+        if (blockIdx.y >= *num_tiles) return;
+        tile = tiles[blockIdx.y];
+    }
+    long stored_pair = (long)tile.expert * pairs + first_pair;
+    bool is_real = first_pair + my_warp_n() < pairs;
+    if (is_real) stream.start(weights + (stored_pair + my_warp_n()) * chunks * 64, chunks);
+    if (!tiles) wait_for_earlier_kernels();  // whose result is x, while the weights are on their way
+    let_next_kernel_start();
     Input input = {x, length};
     input.locate(rows, tile);
     Sums sums = {};
-    sweep(sums, weights + stored_pair * chunks * 64, input, chunks);
+    if (is_real) sweep(sums, stream, input, chunks);
     put(sums, (float*)shared);
     sync_block();
-    Output{values, scales, expert_weights, channels}.write((const float*)shared, rows, tile, pair, stored_pair);
+    Output{values, scales, expert_weights, channels}.write((const float*)shared, rows, tile, first_pair, stored_pair);
 }

@@ -19,6 +19,8 @@ DEVICE void write(u32 low, u32 high, float scale, u16* out, int left) {
 // Block (pair, eight chunks): a warp a chunk, both tiles. `half` is the distance of up rows from gate rows, or zero.
 KERNEL(256, 4) untile(const Words4* weights, const float* scales, u16* out, int pairs, int chunks, int channels,
                       int length, int half) {
+    wait_for_earlier_kernels();
+    let_next_kernel_start();
     int pair = blockIdx.x, chunk = blockIdx.y * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
     if (chunk >= chunks) return;
     int k = chunk * K_CHUNK + lane % 4 * K_LANE;

@@ -14,6 +14,7 @@ from gpu_worker.engine.cuda_graphs import CudaCapture, DecodeGraphs
 from gpu_worker.engine.devices import DeviceChoice, choose_device, choose_dtype
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.errors import EngineArgsError
+from gpu_worker.engine.gpu_kernels import build_kernels
 from gpu_worker.engine.grammars import Grammars
 from gpu_worker.engine.memory import GIB, cpu_cache_bytes, cuda_cache_bytes, kv_block_bytes, plan_cache
 from gpu_worker.engine.preflight import check_weights_fit
@@ -107,6 +108,7 @@ def build_engine(
         load_format=args.load_format,
         k_order=args.k_order,
     )
+    build_kernels(model, choice.device)
     if args.count_expert_tokens:
         model = with_expert_counts(model)
     config = _plan(args, model_config, choice.device, dtype, model)

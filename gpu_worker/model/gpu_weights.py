@@ -58,6 +58,8 @@ def stream_experts(
     up_gate, down = (
         pack(stored, k_order, is_gated) for stored, is_gated in zip(projections, (True, False), strict=True)
     )
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # packing's scratch: the next layer's pieces may be of other sizes
     for stored in (*projections[0], *projections[1]):
         read(stored)
     return StreamedExperts(up_gate, down)

@@ -8,6 +8,7 @@ import pytest
 from cuda_kernels import attention_kernels, tiled_linear
 from cuda_kernels.build import Cubin, Variant, compile_cubin
 from cuda_kernels.routing import route_variant
+from cuda_kernels.tiled import Bits
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100a")
 REGISTERS = 65536
@@ -31,7 +32,9 @@ def is_tested(variant: Variant) -> bool:
 
 def variants() -> list[Variant]:
     small = [Variant(stem) for stem in ("norm", "rope", "kv_store")] + [route_variant(n) for n in (64, 512)]
-    return small + attention_kernels.variants() + [v for v in tiled_linear.variants() if is_tested(v)]
+    attention = [v for head_dim in attention_kernels.HEAD_DIMS for v in attention_kernels.variants(head_dim)]
+    widths: tuple[Bits, ...] = (4, 8, 16)
+    return small + attention + [v for bits in widths for v in tiled_linear.variants(bits) if is_tested(v)]
 
 
 @pytest.fixture(scope="module")
