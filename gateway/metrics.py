@@ -77,6 +77,9 @@ class GatewayMetrics:
         def histogram(name: str, documentation: str, buckets: tuple[float, ...]) -> Histogram:
             return Histogram(f"{PREFIX}_{name}", documentation, buckets=buckets, registry=registry)
 
+        def counter(name: str, documentation: str, *labels: str) -> Counter:
+            return Counter(f"{PREFIX}_{name}_total", documentation, labels, registry=registry)
+
         self.time_to_first_token = histogram(
             "time_to_first_token_seconds", "From a choice's start to its first text or token", TTFT_BUCKETS
         )
@@ -97,21 +100,11 @@ class GatewayMetrics:
             registry=registry,
             multiprocess_mode="livesum",
         )
-        self.prompt_tokens = Counter(
-            f"{PREFIX}_prompt_tokens_total", "Prompt tokens taken up", registry=registry
-        )
-        self.generation_tokens = Counter(
-            f"{PREFIX}_generation_tokens_total", "Completion tokens delivered", registry=registry
-        )
-        self.request_success = Counter(
-            f"{PREFIX}_request_success_total", "Finished choices", ["finished_reason"], registry=registry
-        )
-        self.request_errors = Counter(
-            f"{PREFIX}_request_errors_total", "Requests answered with an error", ["code"], registry=registry
-        )
-        self.http_requests = Counter(
-            f"{PREFIX}_http_requests_total", "HTTP requests", ["path", "status"], registry=registry
-        )
+        self.prompt_tokens = counter("prompt_tokens", "Prompt tokens taken up")
+        self.generation_tokens = counter("generation_tokens", "Completion tokens delivered")
+        self.request_success = counter("request_success", "Finished choices", "finished_reason")
+        self.request_errors = counter("request_errors", "Requests answered with an error", "code")
+        self.http_requests = counter("http_requests", "HTTP requests", "path", "status")
 
     @contextlib.contextmanager
     def in_flight(self) -> Iterator[None]:

@@ -7,6 +7,8 @@ import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
+from starlette.types import ASGIApp
+
 from gateway.api_keys import ApiKeys
 from gateway.app import build_app, openai_routes, state_routes, tokenize_routes
 from gateway.clients import LocalScheduler, RemoteScheduler, SchedulerClient, TokenizerClient, WorkerClient
@@ -75,9 +77,8 @@ async def running(settings: GatewaySettings, share: Share | None = None) -> Asyn
         metrics = GatewayMetrics(share.metrics if share else None)
         readiness = Readiness(tokenizer, scheduler, workers, grpc_server.set_serving)
         metrics.published.register(WorkersCollector(lambda: readiness.workers))
-        pipeline = Pipeline(
-            tokenizer, scheduler, workers, metrics, settings.quotas(), settings.max_deltas_per_second
-        )
+        quotas = settings.quotas()
+        pipeline = Pipeline(tokenizer, scheduler, workers, metrics, quotas, settings.max_deltas_per_second)
         grpc_server.add(gateway_service(pipeline, readiness, settings))
         routers = (
             openai_routes(api := OpenAiApi(pipeline, readiness, metrics, settings)),
@@ -86,14 +87,18 @@ async def running(settings: GatewaySettings, share: Share | None = None) -> Asyn
             playground_routes(Playground(readiness, scheduler, workers)),
         )
         app = build_app(routers, metrics, keys, settings)
-        tls = read_http_tls(settings.http_tls_cert, settings.http_tls_key)
-        listener = bind(settings.http_host, settings.http_port, is_shared=share is not None)
-        http_server = HttpServer(app, listener, tls)
+        http_server = http_server_for(app, settings, is_shared=share is not None)
         await stack.enter_async_context(http_server.running())
         if settings.metrics_port not in (None, http_server.port):
             stack.callback(start_metrics_server(settings.metrics_port or 0, metrics.published).close)
         await stack.enter_async_context(readiness.watching())
         yield Gateway(http_server.port, grpc_address, readiness, http_server, grpc_server)
+
+
+def http_server_for(app: ASGIApp, settings: GatewaySettings, *, is_shared: bool) -> HttpServer:
+    """Bound, and not yet running."""
+    tls = read_http_tls(settings.http_tls_cert, settings.http_tls_key)
+    return HttpServer(app, bind(settings.http_host, settings.http_port, is_shared=is_shared), tls)
 
 
 def guard(keys: ApiKeys) -> Authenticate:
