@@ -50,9 +50,7 @@ def quantize(
         int, typer.Option(min=0, help="windows kept for comparing the result with the original; 0: skip that")
     ] = 4,
     min_rows: Annotated[int, typer.Option(min=1, help="calibration tokens an expert gets at least")] = 256,
-    correct: Annotated[
-        bool, typer.Option(help="fit weights to the original's outputs before rounding")
-    ] = True,
+    correct: Annotated[bool, typer.Option(help="fit weights to the original's outputs first")] = True,
 ) -> None:
     """Quantize a checkpoint layer by layer, one expert in memory at a time; run again to resume."""
     try:
