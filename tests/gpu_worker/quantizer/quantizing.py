@@ -22,6 +22,8 @@ def source(path: Path) -> Source:
 
 WINT4 = Recipe(wint4_end_layer=2, min_rows=16)  # no search: where the format does not matter
 
+PLAIN = Recipe(wint4_end_layer=2, correct_experts=False, correct_dense=False, min_rows=16)
+
 
 def quantize(path: Path, output: Path, recipe=WINT4, **options):
     return quantize_checkpoint(source(path), output, options.pop("calibration", tokens()), recipe, **options)
