@@ -19,6 +19,8 @@ from protos.rpc.errors import StartupError
 logger = logging.getLogger(__name__)
 
 BACKLOG = 2048
+# What the kernel holds for a client that does not read; its own limit would be megabytes.
+SEND_BUFFER_BYTES = 256 << 10
 
 
 class _Uvicorn(uvicorn.Server):
@@ -73,6 +75,7 @@ def bind(host: str, port: int, *, is_shared: bool = False, is_listening: bool = 
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
     if is_shared:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:

@@ -21,7 +21,8 @@ async def serve(settings: GatewaySettings, share: Share | None, shutdown: Shutdo
         shutdown.arm()
         tune_garbage_collection()
         url = f"http://{settings.http_host}:{gateway.http_port}"
-        print(f"ready gateway on {url}, gRPC on {gateway.grpc_address}", flush=True)
+        # In one write: other processes may say the same on the same terminal.
+        print(f"ready gateway on {url}, gRPC on {gateway.grpc_address}\n", end="", flush=True)
         with parent_watched(shutdown):
             await shutdown.wait()
         await gateway.drain(settings.drain_timeout)
