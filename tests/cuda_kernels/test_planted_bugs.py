@@ -36,8 +36,8 @@ def run_route(device: Device) -> torch.Tensor:
     return routing.launch_route(device, logits, torch.zeros(40), 6, 1e-12)[0]
 
 
-def attention(lengths: Lengths) -> Run:
-    of = case(lengths, (8, 2), 64)
+def attention(lengths: Lengths, seed: int = 0) -> Run:
+    of = case(lengths, (8, 2), 64, seed=seed)
     return lambda device: attention_kernels.launch_attention(
         device, of.query, of.step, of.max_query_len, of.scale
     )
@@ -57,7 +57,13 @@ PLANTED: dict[str, tuple[Run, str, str, str]] = {
     "rope turning backwards": (run_rope, "rope.cu", "x * cos - y * sin", "x * cos + y * sin"),
     "the higher of equal experts": (run_route, "route.cu", "a.expert < b.expert", "a.expert > b.expert"),
     "keys past the end": (decode, "attention_decode.cu", "mask(scores, position, share.end);", ""),
-    "a share too early": (decode, "attention_decode.cu", "+ 1 == (u32)live", "+ 2 == (u32)live"),
+    # Of its own data: what an earlier run left in memory would be right.
+    "a share too early": (
+        attention(((1, 500),), seed=7),
+        "attention_decode.cu",
+        "+ 1 == (u32)live",
+        "+ 2 == (u32)live",
+    ),
     "shares weighed too early": (
         decode,
         "attention_decode.cu",
@@ -71,7 +77,12 @@ PLANTED: dict[str, tuple[Run, str, str, str]] = {
     "nibbles swapped": (streamed(4), "tiled.cuh", ">> 8 * (index % 2)", ">> 8 * (1 - index % 2)"),
     "a byte as unsigned": (streamed(8), "tiled.cuh", "(0x1p23f + 128)", "0x1p23f"),
     "warps added too early": (streamed(8), "tiled_linear.cu", "    sync_block();\n", ""),
-    "a chunk left out": (streamed(16), "tiled_linear.cu", "(chunks - warp + WARPS - 1)", "(chunks - warp)"),
+    "a chunk left out": (
+        streamed(16),
+        "tiled_linear.cu",
+        "(chunks - my_warp_k() + WARPS_K - 1)",
+        "(chunks - my_warp_k())",
+    ),
 }
 
 
