@@ -48,9 +48,8 @@ async def leave_grpc(channel: grpc.aio.Channel, patience: random.Random) -> None
         return
 
 
-async def load(stack: RunningStack) -> worker_pb2.GetLoadResponse:
-    async with open_channel(stack.worker_address) as channel:
-        return await worker_pb2_grpc.WorkerServiceStub(channel).GetLoad(worker_pb2.GetLoadRequest())
+async def load(stub: worker_pb2_grpc.WorkerServiceAsyncStub) -> worker_pb2.GetLoadResponse:
+    return await stub.GetLoad(worker_pb2.GetLoadRequest())
 
 
 def held(load: worker_pb2.GetLoadResponse) -> tuple[int, int, int]:
@@ -63,18 +62,20 @@ async def test_a_storm_of_disconnects_ends_at_zero_used_blocks(stack: RunningSta
     busiest = 0
     async with (
         open_channel(stack.grpc_address) as channel,
+        open_channel(stack.worker_address) as worker_channel,
         httpx.AsyncClient(base_url=stack.url, timeout=30, limits=limits) as http,
     ):
+        worker = worker_pb2_grpc.WorkerServiceStub(worker_channel)
         storm = [leave_http(http, patience) for _ in range(NUM_CLIENTS * 3 // 4)]
         storm += [leave_grpc(channel, patience) for _ in range(NUM_CLIENTS // 4)]
         tasks = [asyncio.create_task(client) for client in storm]
         while not all(task.done() for task in tasks):
-            busiest = max(busiest, (await load(stack)).num_used_blocks)
+            busiest = max(busiest, (await load(worker)).num_used_blocks)
             await asyncio.sleep(0.05)
         await asyncio.gather(*tasks)
         assert busiest > 4, "the storm was none"
         left = time.monotonic()
-        while held(await load(stack)) != (0, 0, 0):
+        while held(await load(worker)) != (0, 0, 0):
             assert time.monotonic() - left < FREED_WITHIN_SECONDS
             await asyncio.sleep(0.02)
         queue = (await http.get("/status")).json()["queue"]
