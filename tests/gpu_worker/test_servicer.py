@@ -17,12 +17,7 @@ from gpu_worker.metrics import RequestMetrics
 from gpu_worker.sampling_params import SamplingParams as EngineParams
 from gpu_worker.sampling_params import StructuredOutput
 from gpu_worker.servicer import WorkerServicer
-from protos.rpc.errors import (
-    ContextLengthError,
-    InvalidArgumentError,
-    UnavailableError,
-    from_rpc_error,
-)
+from protos.rpc.errors import ContextLengthError, InvalidArgumentError, UnavailableError, from_rpc_error
 from protos.wint2.common.v1 import common_pb2
 from protos.wint2.common.v1.common_pb2 import SamplingParams, TokenIds
 from protos.wint2.worker.v1 import worker_pb2, worker_pb2_grpc
