@@ -17,6 +17,7 @@ from gpu_worker.engine.errors import EngineArgsError
 from gpu_worker.engine.gpu_kernels import build_kernels
 from gpu_worker.engine.grammars import Grammars
 from gpu_worker.engine.memory import GIB, cpu_cache_bytes, cuda_cache_bytes, kv_block_bytes, plan_cache
+from gpu_worker.engine.phases import Phases
 from gpu_worker.engine.preflight import check_weights_fit
 from gpu_worker.engine.profiling import measure_activation_bytes
 from gpu_worker.layers.kv_cache import KVCache
@@ -96,35 +97,56 @@ def build_engine(
     `progress` is called with the bytes of weights read so far and in all. Without grammars, requests for
     structured output are refused.
     """
+    phases = Phases()
     choice = choose_device(args.device)
     dtype = choose_dtype(args.dtype, choice.device)
     model_config = read_model_config(args.model)
     check_weights_fit(model_config, choice, args.gpu_memory_utilization)
-    model = load_model(
+    phases.end("preflight")
+    model = _load(args, model_config, choice.device, dtype, progress)
+    phases.end("weights")
+    build_kernels(model, choice.device)
+    phases.end("kernels")
+    if args.count_expert_tokens:
+        model = with_expert_counts(model)
+    config = _plan(args, model_config, choice.device, dtype, model)
+    kv_cache = _kv_cache(config)
+    phases.end("KV cache")
+    grammars = make_grammars(model_config) if make_grammars else None
+    phases.end("grammars")
+    engine = Engine(config, model, kv_cache, _capture_graphs(config, model, kv_cache), grammars)
+    phases.end("CUDA graphs")
+    return BuiltEngine(engine, model, (*_describe(args, config, choice, model, kv_cache), f"start: {phases}"))
+
+
+def _load(
+    args: EngineArgs,
+    model_config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    progress: Progress | None,
+) -> Decoder:
+    return load_model(
         model_config,
-        device=choice.device,
+        device=device,
         dtype=dtype,
         progress=progress,
         load_format=args.load_format,
         k_order=args.k_order,
     )
-    build_kernels(model, choice.device)
-    if args.count_expert_tokens:
-        model = with_expert_counts(model)
-    config = _plan(args, model_config, choice.device, dtype, model)
-    cache = config.cache
-    kv_cache = KVCache(
-        model_config.num_hidden_layers,
+
+
+def _kv_cache(config: EngineConfig) -> KVCache:
+    shape, cache = config.model, config.cache
+    return KVCache(
+        shape.num_hidden_layers,
         cache.num_blocks,
         cache.block_size,
-        model_config.num_key_value_heads,
-        model_config.head_dim,
+        shape.num_key_value_heads,
+        shape.head_dim,
         cache.dtype,
-        choice.device,
+        config.device,
     )
-    grammars = make_grammars(model_config) if make_grammars else None
-    engine = Engine(config, model, kv_cache, _capture_graphs(config, model, kv_cache), grammars)
-    return BuiltEngine(engine, model, tuple(_describe(args, config, choice, model, kv_cache)))
 
 
 def _plan(

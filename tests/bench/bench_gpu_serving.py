@@ -18,55 +18,14 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from gpu_worker.engine.build import BuiltEngine, EngineArgs, build_engine
 from gpu_worker.engine.sequence import Request
 from gpu_worker.sampling_params import SamplingParams
+from tests.bench.gpu_shapes import SHAPES, config
 
-COMMON: dict[str, Any] = {
-    "model_type": "ernie4_5_moe",
-    "dtype": "bfloat16",
-    "hidden_act": "silu",
-    "vocab_size": 103424,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "max_position_embeddings": 131072,
-    "use_bias": False,
-    "moe_num_experts": 64,
-    "head_dim": 128,
-    "eos_token_id": 2,
-}
-SHAPES: dict[str, dict[str, Any]] = {
-    "21b": COMMON
-    | {
-        "hidden_size": 2560,
-        "intermediate_size": 12288,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 20,
-        "num_key_value_heads": 4,
-        "moe_k": 6,
-        "moe_intermediate_size": 1536,
-        "moe_num_shared_experts": 2,
-        "moe_layer_start_index": 1,
-        "tie_word_embeddings": True,
-    },
-    "300b": COMMON
-    | {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 54,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "moe_k": 8,
-        "moe_intermediate_size": 3584,
-        "moe_layer_start_index": 3,
-        "tie_word_embeddings": False,
-    },
-}
-LAST_WINT4_LAYER = 6
 CONCURRENCY = (1, 8, 32, 64, 128)
 PROMPTS = (128, 2048, 8192)
 DECODE_PROMPT, DECODE_STEPS, WARM_UP_STEPS = 64, 24, 4
@@ -80,17 +39,6 @@ class Built:
     engine: BuiltEngine
     num_layers: int
     load_seconds: float
-
-
-def config(shape: str, num_layers: int) -> dict[str, Any]:
-    """config.json of the shape, cut to its first layers, quantized as the published checkpoint is."""
-    moe = {
-        "quant_type": "w4w2",
-        "moe_w4_quant_config": {"quant_type": "wint4", "quant_end_layer": LAST_WINT4_LAYER},
-        "moe_w2_quant_config": {"quant_type": "wint2", "quant_group_size": 64},
-    }
-    quantization = {"quantization": "wint2", "dense_quant_type": "wint8", "moe_quant_config": moe}
-    return SHAPES[shape] | {"num_hidden_layers": num_layers, "quantization_config": quantization}
 
 
 def build(shape: str, num_layers: int, max_num_seqs: int, use_cudagraph: bool, device: str) -> Built:
