@@ -20,6 +20,7 @@ from gpu_worker.engine.memory import GIB, cpu_cache_bytes, cuda_cache_bytes, kv_
 from gpu_worker.engine.phases import Phases
 from gpu_worker.engine.preflight import check_weights_fit
 from gpu_worker.engine.profiling import measure_activation_bytes
+from gpu_worker.engine.prompt_graphs import PromptGraphs
 from gpu_worker.layers.kv_cache import KVCache
 from gpu_worker.model.config_reader import read_model_config
 from gpu_worker.model.decoder import Decoder
@@ -114,7 +115,7 @@ def build_engine(
     phases.end("KV cache")
     grammars = make_grammars(model_config) if make_grammars else None
     phases.end("grammars")
-    engine = Engine(config, model, kv_cache, _capture_graphs(config, model, kv_cache), grammars)
+    engine = _engine(config, model, kv_cache, grammars)
     phases.end("CUDA graphs")
     return BuiltEngine(engine, model, (*_describe(args, config, choice, model, kv_cache), f"start: {phases}"))
 
@@ -182,14 +183,16 @@ def _plan(
     )
 
 
-def _capture_graphs(config: EngineConfig, model: Decoder, kv_cache: KVCache) -> DecodeGraphs | None:
+def _engine(config: EngineConfig, model: Decoder, kv_cache: KVCache, grammars: Grammars | None) -> Engine:
     if not config.use_cudagraph:
-        return None
-    limits = config.scheduler
+        return Engine(config, model, kv_cache, None, grammars)
+    limits, capture = config.scheduler, CudaCapture()
     max_blocks = -(-limits.max_model_len // config.cache.block_size)
-    graphs = DecodeGraphs(model, kv_cache, limits.max_num_seqs, max_blocks, config.device)
-    graphs.capture(CudaCapture())
-    return graphs
+    decodes = DecodeGraphs(model, kv_cache, limits.max_num_seqs, max_blocks, config.device)
+    decodes.capture(capture)
+    prompts = PromptGraphs(model, kv_cache, max_blocks, config.device)
+    prompts.capture(capture)
+    return Engine(config, prompts, kv_cache, decodes, grammars)
 
 
 def _cache_bytes(args: EngineArgs, config: EngineConfig, block_bytes: int, model: Decoder) -> int:

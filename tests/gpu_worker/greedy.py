@@ -86,12 +86,13 @@ def text_prompts(folder: Path, count: int, length: int) -> list[list[int]]:
 
 
 def complete(engine: Engine, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
-    """Greedy, all prompts at once."""
+    """Greedy; a prompt arrives with every step, so that prompts run beside decodes."""
     params = SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
-    for index, prompt in enumerate(prompts):
-        engine.add(Request(str(index), prompt, params))
     completions: list[list[int]] = [[] for _ in prompts]
-    while engine.has_work:
+    waiting = [Request(str(index), prompt, params) for index, prompt in enumerate(prompts)]
+    while waiting or engine.has_work:
+        if waiting:
+            engine.add(waiting.pop(0))
         for output in engine.step():
             completions[int(output.request_id)] += output.token_ids
     return completions
