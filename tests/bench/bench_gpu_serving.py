@@ -15,16 +15,14 @@ import json
 import statistics
 import tempfile
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from gpu_worker.engine.build import BuiltEngine, EngineArgs, build_engine
 from gpu_worker.engine.sequence import Request
 from gpu_worker.sampling_params import SamplingParams
 from tests.bench.gpu_shapes import SHAPES, config
+from tests.bench.gpu_timeline import Timeline, record
 
 CONCURRENCY = (1, 8, 32, 64, 128)
 PROMPTS = (128, 2048, 8192)
@@ -96,47 +94,29 @@ def first_token_seconds(built: Built, prompt_len: int) -> float:
     return seconds
 
 
-def busy_seconds(spans: list[tuple[float, float]]) -> float:
-    """The length of the union of spans of microseconds: kernels may run side by side."""
-    total, reached = 0.0, 0.0
-    for start, end in sorted(spans):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
-    return total * 1e-6
-
-
-def step_parts(built: Built, count: int, num_steps: int = 8) -> tuple[float, float, Counter[str]]:
-    """Seconds of a decode step by the clock, with a kernel running, and of its kernels by name."""
+def print_decode(built: Built, count: int, clock_seconds: float, num_steps: int = 8) -> None:
+    """What a decode step of that many sequences is made of."""
     engine = built.engine.engine
-    add_requests(built, count, DECODE_PROMPT, num_steps + 60)
+    add_requests(built, count, DECODE_PROMPT, num_steps + WARM_UP_STEPS + count + 8)
     while engine.stats().num_running < count or engine.stats().num_pending_prefill_tokens:
         engine.step()
     for _ in range(WARM_UP_STEPS):
         engine.step()
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        start = time.perf_counter()
-        for _ in range(num_steps):
-            engine.step()
-        torch.cuda.synchronize()
-        seconds = (time.perf_counter() - start) / num_steps
-    on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-    kernels: Counter[str] = Counter()
-    for event in on_device:
-        kernels[event.name] += (event.time_range.end - event.time_range.start) * 1e-6 / num_steps
-    busy = busy_seconds([(e.time_range.start, e.time_range.end) for e in on_device]) / num_steps
+    print(f"  one decode step of {count}:")
+    print_timeline(record(engine.step, num_steps), clock_seconds)
     drain(built)
-    return seconds, busy, kernels
 
 
-def print_parts(built: Built, count: int) -> None:
-    seconds, busy, kernels = step_parts(built, count)
-    print(
-        f"  one decode step of {count}: {seconds * 1e3:.2f} ms, with a kernel {busy * 1e3:.2f} ms,", end=" "
-    )
-    print(f"without {1 - busy / seconds:.1%}")
-    for name, spent in kernels.most_common(12):
-        print(f"    {spent * 1e6:9.1f} us  {spent / busy:6.1%}  {name[:90]}")
+def print_prompt(built: Built, length: int, clock_seconds: float) -> None:
+    """What the step of one prompt is made of."""
+    add_requests(built, 1, length, 1)
+    print(f"  one prompt of {length}:")
+    print_timeline(record(lambda: drain(built), 1), clock_seconds)
+
+
+def print_timeline(timeline: Timeline, clock_seconds: float) -> None:
+    for line in timeline.lines(clock_seconds):
+        print(f"    {line}", flush=True)
 
 
 @dataclass(frozen=True)
@@ -188,7 +168,8 @@ def report(args: argparse.Namespace, num_layers: int, use_cudagraph: bool, fewer
     print_figures(figures, fewer, SHAPES[args.shape]["num_hidden_layers"])
     if args.device == "cuda":
         for count in sorted({1, min(64, args.max_num_seqs)}):
-            print_parts(built, count)
+            print_decode(built, count, figures.steps[count])
+        print_prompt(built, PROMPTS[0], figures.firsts[PROMPTS[0]])
     return figures
 
 
