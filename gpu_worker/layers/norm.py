@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from cuda_kernels import norm
+from gpu_worker.layers.ranks import Ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,3 +27,20 @@ class RMSNorm:
         if residual_TD is None:
             return norm.rms_norm(hidden_TD, self.weight_D, self.eps), hidden_TD
         return norm.add_rms_norm(hidden_TD, residual_TD, self.weight_D, self.eps)
+
+
+@dataclass(frozen=True, slots=True)
+class SharedRMSNorm(RMSNorm):
+    """Over all ranks' features together, equally many on each; `weight_D` is of this rank's."""
+
+    ranks: Ranks
+
+    def __call__(
+        self, hidden_TD: torch.Tensor, residual_TD: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if residual_TD is not None:
+            hidden_TD = hidden_TD + residual_TD
+        x_TD = hidden_TD.float()
+        variance_T1 = self.ranks.sum(x_TD.square().mean(-1, keepdim=True)) / self.ranks.size
+        normed_TD = (x_TD * torch.rsqrt(variance_T1 + self.eps)).to(hidden_TD.dtype) * self.weight_D
+        return normed_TD, hidden_TD

@@ -9,26 +9,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 
 from cuda_kernels.paged_attention import is_compiled, plan_attention
 from gpu_worker.config import ModelConfig
 from gpu_worker.layers.attention import Attention
 from gpu_worker.layers.batch import Batch
+from gpu_worker.layers.embedding import Embedding
 from gpu_worker.layers.kv_cache import KVCache
 from gpu_worker.layers.linear import Linear, PanelSwiGLU, SwiGLU
 from gpu_worker.layers.moe import MoE
 from gpu_worker.layers.norm import RMSNorm
+from gpu_worker.layers.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """residual += attention(norm(residual)); residual += mlp(norm(residual))."""
+    """residual += attention(norm(residual)); residual += mlp(norm(residual)); each a sum over the ranks."""
 
     input_norm: RMSNorm
     attention: Attention
     post_attention_norm: RMSNorm
     mlp: SwiGLU | PanelSwiGLU | MoE
+    ranks: Ranks = ALONE
 
     def __call__(
         self,
@@ -39,9 +41,9 @@ class DecoderLayer:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(hidden, residual): the sum of both is the layer's output; the next norm adds them."""
         normed_TD, residual_TD = self.input_norm(hidden_TD, residual_TD)
-        attended_TD = self.attention(normed_TD, batch, *kv)
+        attended_TD = self.ranks.sum(self.attention(normed_TD, batch, *kv))
         normed_TD, residual_TD = self.post_attention_norm(attended_TD, residual_TD)
-        return self.mlp(normed_TD), residual_TD
+        return self.ranks.sum(self.mlp(normed_TD)), residual_TD
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,14 +56,17 @@ class MemoryReport:
 
 @dataclass(frozen=True, slots=True)
 class Decoder:
-    """A loaded model. On a GPU `forward` never waits for the device, so that a CUDA graph can hold it."""
+    """A loaded model, or one rank's part of it, with the config of that part. On a GPU `forward` never waits
+    for the device, so that a CUDA graph can hold it.
+    """
 
     config: ModelConfig
-    embedding_VD: torch.Tensor
+    embedding: Embedding
     layers: tuple[DecoderLayer, ...]
     final_norm: RMSNorm
     lm_head: Linear
     memory: MemoryReport
+    ranks: Ranks = ALONE
 
     @property
     def dtype(self) -> torch.dtype:
@@ -72,7 +77,7 @@ class Decoder:
     def forward(self, batch: Batch, kv_cache: KVCache) -> torch.Tensor:
         """The final hidden state of every token of the step, [T, D]; stores its keys and values."""
         batch = self._with_attention_plan(batch, kv_cache.block_size)
-        hidden_TD = F.embedding(batch.input_ids_T, self.embedding_VD).to(self.dtype)
+        hidden_TD = self.embedding(batch.input_ids_T).to(self.dtype)
         residual_TD: torch.Tensor | None = None
         for layer, kv in zip(self.layers, kv_cache.layers, strict=True):
             hidden_TD, residual_TD = layer(hidden_TD, residual_TD, batch, kv)
@@ -96,4 +101,4 @@ class Decoder:
     @torch.inference_mode()
     def logits(self, hidden_SD: torch.Tensor) -> torch.Tensor:
         """Next-token scores of the rows that sample: [S, V] float32."""
-        return self.lm_head(hidden_SD).float()
+        return self.ranks.join(self.lm_head(hidden_SD), self.config.vocab_size).float()

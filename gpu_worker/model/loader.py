@@ -17,9 +17,11 @@ from cuda_kernels.moe import ExpertWeights, StreamedExperts, pack_experts
 from cuda_kernels.rope import cos_sin_table
 from gpu_worker.config import ModelConfig
 from gpu_worker.layers.attention import Attention
+from gpu_worker.layers.embedding import Embedding
 from gpu_worker.layers.linear import Linear, PanelSwiGLU, SwiGLU
 from gpu_worker.layers.moe import MoE, Router
-from gpu_worker.layers.norm import RMSNorm
+from gpu_worker.layers.norm import RMSNorm, SharedRMSNorm
+from gpu_worker.layers.ranks import ALONE, Ranks
 from gpu_worker.model.checkpoint import open_checkpoint
 from gpu_worker.model.cpu_weights import has_panels, panel_dense, panel_experts, panel_linear
 from gpu_worker.model.decoder import Decoder, DecoderLayer, MemoryReport
@@ -28,7 +30,7 @@ from gpu_worker.model.gpu_weights import can_stream, can_stream_experts, stream_
 from gpu_worker.model.k_order import KOrderChoice, choose_k_order
 from gpu_worker.model.plan import LayerPlan, MLPPlan, ModelPlan, MoEPlan, plan_model
 from gpu_worker.model.safetensors_file import Transfer, keep
-from gpu_worker.model.sharding import Shard, shard_plan
+from gpu_worker.model.sharding import shard_config, shard_plan
 from gpu_worker.model.stored_weight import StoredLinear, StoredVector
 
 _log = logging.getLogger(__name__)
@@ -45,25 +47,36 @@ def load_model(
     progress: Progress | None = None,
     k_order: KOrderChoice = "auto",
     load_format: LoadFormat = "auto",
+    ranks: Ranks = ALONE,
 ) -> Decoder:
     """Load the checkpoint in `config.path`, or random weights of its shapes if `load_format` is "dummy".
 
     `progress` is called with (bytes read, bytes to read). Quantized weights are decoded to `dtype`; `k_order`
-    is that of the WINT2 ones, "auto" finds it out. Raises CheckpointError with everything that is wrong with
+    is that of the WINT2 ones, "auto" finds it out. Of a group's `ranks` each loads its part, all of them at
+    the same time. Raises CheckpointError with everything that is wrong with
     the files, before any weight is read.
     """
-    if load_format == "dummy":
-        plan = plan_dummy(config, device)
-    else:
-        plan = plan_model(config, open_checkpoint(config.path, _transfer_to(device)))
-        if plan.num_ranks > 1:
-            plan = shard_plan(plan, config, Shard())
+    whole = _plan(config, device, load_format)
+    plan = _part(whole, config, ranks)
     for note in plan.notes:
         _log.info("%s", note)
     if has_panels(device, dtype):
         _log.info("compiling the CPU kernels, unless Numba's cache has them")
         _log.info("CPU kernels are ready, %.1f s", compile_kernels())
-    return _Loader(config, device, dtype, _k_order(plan, k_order), plan.stored_bytes, progress).decoder(plan)
+    # Of the whole model, so that all ranks find the same.
+    order = _k_order(_part(whole, config, ALONE), k_order)
+    loader = _Loader(shard_config(config, ranks), device, dtype, order, plan.stored_bytes, progress, ranks)
+    return loader.decoder(plan)
+
+
+def _plan(config: ModelConfig, device: torch.device, load_format: LoadFormat) -> ModelPlan:
+    if load_format == "dummy":
+        return plan_dummy(config, device)
+    return plan_model(config, open_checkpoint(config.path, _transfer_to(device)))
+
+
+def _part(plan: ModelPlan, config: ModelConfig, ranks: Ranks) -> ModelPlan:
+    return plan if plan.num_ranks == ranks.size == 1 else shard_plan(plan, config, ranks)
 
 
 def _k_order(plan: ModelPlan, choice: KOrderChoice) -> KOrder:
@@ -89,8 +102,10 @@ class _Loader:
         k_order: KOrder,
         total_bytes: int,
         progress: Progress | None,
+        ranks: Ranks,
     ) -> None:
         self._config, self._device, self._dtype, self._k_order = config, device, dtype, k_order
+        self._ranks = ranks
         self._total_bytes, self._progress = total_bytes, progress
         # Kernels for weights in their stored formats compute in bfloat16.
         self._streams = device.type == "cuda" and dtype == torch.bfloat16
@@ -109,11 +124,12 @@ class _Loader:
         embedding_VD = self._embedding(plan.embedding)
         return Decoder(
             config,
-            embedding_VD,
+            Embedding(embedding_VD, self._ranks.stretch(config.vocab_size).start, self._ranks),
             tuple(self._layer(layer, table) for layer in plan.layers),
             self._norm(plan.final_norm),
             self._head(plan.lm_head, embedding_VD),
             MemoryReport(dict(self._stored), dict(self._held)),
+            self._ranks,
         )
 
     def _layer(self, plan: LayerPlan, cos_sin_PC: torch.Tensor) -> DecoderLayer:
@@ -126,12 +142,12 @@ class _Loader:
             config.num_key_value_heads,
             config.head_dim,
             self._tensor(plan.qkv_bias) if plan.qkv_bias else None,
-            self._norm(plan.q_norm) if plan.q_norm else None,
-            self._norm(plan.k_norm) if plan.k_norm else None,
+            self._head_norm(plan.q_norm) if plan.q_norm else None,
+            self._head_norm(plan.k_norm) if plan.k_norm else None,
         )
         mlp = self._moe(plan.mlp) if isinstance(plan.mlp, MoEPlan) else self._mlp(plan.mlp)
         norms = self._norm(plan.input_norm), self._norm(plan.post_attention_norm)
-        return DecoderLayer(norms[0], attention, norms[1], mlp)
+        return DecoderLayer(norms[0], attention, norms[1], mlp, self._ranks)
 
     def _moe(self, plan: MoEPlan) -> MoE:
         shared = self._mlp(plan.shared) if plan.shared else None
@@ -181,6 +197,12 @@ class _Loader:
 
     def _norm(self, stored: StoredVector) -> RMSNorm:
         return RMSNorm(self._tensor(stored), self._config.rms_norm_eps)
+
+    def _head_norm(self, stored: StoredVector) -> RMSNorm:
+        """Of each head by itself, or of all heads together, which then are on all ranks."""
+        if self._ranks.size == 1 or self._config.qk_norm == "head":
+            return self._norm(stored)
+        return SharedRMSNorm(self._tensor(stored), self._config.rms_norm_eps, self._ranks)
 
     def _bias(self, stored: StoredVector | None) -> torch.Tensor:
         if stored is None:

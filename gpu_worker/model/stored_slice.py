@@ -5,7 +5,7 @@
     ranks that cut outputs     columns of the ranks together   rows
     ranks that cut inputs      columns                         rows of one rank, whose scales are its own
 
-Rows are cut between 64-groups. WINT2 packs two groups' local scales in a byte: an odd number of groups gets
+WINT2's rows are cut between 64-groups. Two groups' local scales share a byte: an odd number of groups gets
 one more, whose local scales are zero. A part that spans ranks with scales of their own exists only decoded.
 """
 
@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 
 from cuda_kernels.formats import wint4, wint8
-from cuda_kernels.formats.layout import GROUP_SIZE, KOrder
+from cuda_kernels.formats.layout import GROUP_SIZE, KOrder, pad_rows
 from gpu_worker.config import QuantFormat
-from gpu_worker.model.stored_weight import StoredLinear, dequantize
+from gpu_worker.model.stored_weight import StoredLinear, StoredVector, dequantize
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -66,11 +66,9 @@ class StoredSlice(StoredLinear):
         num_rows = source.num_inputs // num_files
         rank = self.inputs.start // num_rows
         rows = range(self.inputs.start - rank * num_rows, self.inputs.stop - rank * num_rows)
-        if rows.stop > num_rows or rows.start % GROUP_SIZE:
-            return None
-        if rows.stop % GROUP_SIZE and rows.stop != num_rows:
-            return None
-        return rank, rows
+        unit = GROUP_SIZE if self.format == "wint2" else 1
+        is_between = rows.start % unit == 0 and (rows.stop % unit == 0 or rows.stop == num_rows)
+        return (rank, rows) if is_between and rows.stop <= num_rows else None
 
     def _join(self) -> dict[str, torch.Tensor]:
         files = [canonical(self.format, self.source.read(rank)) for rank in range(len(self.source.ranks))]
@@ -87,6 +85,35 @@ class StoredSlice(StoredLinear):
             columns.append(at // rank_size * (self.source.num_outputs // num_files) + begin + at % rank_size)
             begin += rank_size
         return torch.cat(columns)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VectorSlice(StoredVector):
+    """Some of a vector's features, or of a matrix's rows."""
+
+    parts: tuple[range, ...]
+    part_bytes: int
+
+    @property
+    def stored_bytes(self) -> int:
+        return self.part_bytes
+
+    def dense(self) -> torch.Tensor:
+        whole = StoredVector.dense(self)
+        return torch.cat([whole[part.start : part.stop] for part in self.parts])
+
+
+def slice_vector(source: StoredVector, parts: tuple[range, ...], size: int) -> VectorSlice:
+    """`parts` of the source's `size` features."""
+    return VectorSlice(
+        name=source.name,
+        kind=source.kind,
+        ranks=source.ranks,
+        cut=source.cut,
+        halves=source.halves,
+        parts=parts,
+        part_bytes=source.stored_bytes * sum(map(len, parts)) // size,
+    )
 
 
 def slice_linear(source: StoredLinear, outputs: tuple[range, ...], inputs: range) -> StoredSlice:
@@ -116,11 +143,12 @@ def cut_columns(
 
 
 def cut_rows(quant_format: QuantFormat, tensors: Tensors, rows: range) -> dict[str, torch.Tensor]:
-    """Some of the inputs of a stored weight; they begin between groups."""
-    begin, end = rows.start, -(-rows.stop // GROUP_SIZE) * GROUP_SIZE
+    """Some of the inputs of a stored weight; WINT2's begin between groups."""
     if quant_format != "wint2":
         levels = canonical(quant_format, tensors)
-        return stored(quant_format, levels | {"quant_weight": levels["quant_weight"][begin:end]})
+        cut = pad_rows(levels["quant_weight"][rows.start : rows.stop], GROUP_SIZE)
+        return stored(quant_format, levels | {"quant_weight": cut})
+    begin, end = rows.start, -(-rows.stop // GROUP_SIZE) * GROUP_SIZE
     local = _local_scales(tensors["weight_scale"])[begin // GROUP_SIZE : end // GROUP_SIZE]
     codes = tensors["quant_weight"][begin // 4 : end // 4]
     if len(local) % 2:

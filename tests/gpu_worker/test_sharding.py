@@ -1,13 +1,16 @@
 """Parts of a model for any tensor-parallel degree, from whole checkpoints and from those cut for another."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from gpu_worker.layers.ranks import ALONE, Ranks
 from gpu_worker.model.checkpoint import open_checkpoint
 from gpu_worker.model.config_reader import read_model_config
 from gpu_worker.model.errors import ConfigError
 from gpu_worker.model.plan import plan_model
-from gpu_worker.model.sharding import Shard, check_degree, shard_plan
+from gpu_worker.model.sharding import check_degree, shard_plan
 from gpu_worker.model.stored_weight import dequantize
 from tests.checkpoints import make_rank_folders
 from tests.tiny import make_tiny_model
@@ -58,7 +61,7 @@ def expert_parts(moe, expert):
 def test_the_parts_of_all_ranks_are_the_whole(request, folder, size):
     config, plan = read_plan(request.getfixturevalue(folder))
     check_degree(config, size)
-    shards = [shard_plan(plan, config, Shard(rank, size)) for rank in range(size)]
+    shards = [shard_plan(plan, config, Ranks(rank, size)) for rank in range(size)]
     for index, layer in enumerate(plan.layers):
         parts = [shard.layers[index] for shard in shards]
         mlps = [(layer.mlp, [part.mlp for part in parts])]
@@ -76,7 +79,7 @@ def test_quantized_parts_stay_quantized(whole, in_ranks, size):
     for path in (whole, in_ranks):
         config, plan = read_plan(path)
         for rank in range(size):
-            for stored in shard_plan(plan, config, Shard(rank, size)).weights():
+            for stored in shard_plan(plan, config, Ranks(rank, size)).weights():
                 if stored.format != "none" and "self_attn.o_proj" not in stored.name:
                     assert stored.is_one_weight, (path, stored.name)
                     decoded = dequantize(stored.format, stored.read(), "shuffled")
@@ -85,7 +88,7 @@ def test_quantized_parts_stay_quantized(whole, in_ranks, size):
 
 def test_a_part_over_ranks_with_scales_of_their_own_is_only_decoded(in_ranks):
     config, plan = read_plan(in_ranks)
-    shard = shard_plan(plan, config, Shard())
+    shard = shard_plan(plan, config, ALONE)
     assert shard.layers[2].mlp.num_splits == 2
     down = shard.layers[0].mlp.down
     assert not down.is_one_weight
@@ -95,8 +98,11 @@ def test_a_part_over_ranks_with_scales_of_their_own_is_only_decoded(in_ranks):
 
 def test_a_degree_that_cannot_be_is_refused_with_the_numbers(whole):
     config = read_model_config(whole)
-    with pytest.raises(ConfigError, match="3 does not divide the model's 4 key-value heads"):
+    with pytest.raises(ConfigError, match="3 does not divide the model's 8 attention heads"):
         check_degree(config, 3)
+    odd = replace(config, num_attention_heads=12, num_key_value_heads=4)
+    with pytest.raises(ConfigError, match="6 neither divides nor is a multiple of the model's 4 key-value"):
+        check_degree(odd, 6)
     narrow = read_model_config(make_tiny_model(whole / "narrow", quantized=False))
     with pytest.raises(ConfigError, match="2 ranks cannot share 64 hidden features in groups of 64"):
         check_degree(narrow, 2)
