@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import grpc
@@ -14,6 +15,7 @@ import grpc
 from gateway.deadline import within
 from gateway.detokenize import DetokenizeSession, DetokenizeStream
 from gateway.scheduler.dispatcher import Dispatcher
+from gateway.worker_stream import WorkerStream
 from protos.rpc.channel import open_channel
 from protos.rpc.errors import InternalError, ServiceError, UnavailableError, from_rpc_error
 from protos.rpc.security import PLAINTEXT, Security
@@ -120,11 +122,15 @@ class TokenizerClient:
         await self.channel.close()
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Link:
     channel: grpc.aio.Channel
     stub: worker_pb2_grpc.WorkerServiceAsyncStub
-    num_calls: int = 0
+    stream: WorkerStream
+
+    async def close(self) -> None:
+        await self.stream.close()
+        await self.channel.close()
 
 
 class WorkerClient:
@@ -143,50 +149,45 @@ class WorkerClient:
         lost: asyncio.Future[ServiceError],
     ) -> AsyncGenerator[worker_pb2.GenerateResponse]:
         """The worker's messages. Closing the iterator cancels the call; `lost` does too and is raised."""
-        link = self._links.get(address) or self._connect(address)
-        link.num_calls += 1
-        call = link.stub.Generate(request, timeout=timeout, metadata=outgoing_metadata())
+        call = self._link(address).stream.start(request, timeout)
 
         def give_up(_: asyncio.Future[ServiceError]) -> None:
-            call.cancel()
+            call.fail(lost.result())
 
         lost.add_done_callback(give_up)
         try:
-            with errors_of("worker"):
-                async for response in call:
-                    yield response
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if lost.done() and not (task and task.cancelling()):
-                raise lost.result() from None
-            raise
+            async for response in call.responses():
+                yield response
         finally:
             lost.remove_done_callback(give_up)
-            call.cancel()
-            link.num_calls -= 1
+            call.close()
 
     async def expert_tokens(self, address: str) -> Sequence[worker_pb2.LayerExpertTokens]:
         """Each layer's counts, none if the worker does not count. Raises ServiceError."""
-        link = self._links.get(address) or self._connect(address)
         request = worker_pb2.GetExpertTokensRequest()
         with errors_of("worker"):
-            answer = await link.stub.GetExpertTokens(request, timeout=1.0, metadata=outgoing_metadata())
+            answer = await self._link(address).stub.GetExpertTokens(
+                request, timeout=1.0, metadata=outgoing_metadata()
+            )
         return answer.layers
 
     async def retain(self, addresses: set[str]) -> None:
         """Closes idle connections to workers that are no longer listed."""
         for address, link in list(self._links.items()):
-            if address not in addresses and link.num_calls == 0:
-                del self._links[address]
-                await link.channel.close()
+            if address not in addresses and link.stream.num_calls == 0:
+                await self._links.pop(address).close()
 
     async def close(self) -> None:
         for link in self._links.values():
-            await link.channel.close()
+            await link.close()
 
-    def _connect(self, address: str) -> _Link:
-        channel = open_channel(address, self._security)
-        link = self._links[address] = _Link(channel, worker_pb2_grpc.WorkerServiceStub(channel))
+    def _link(self, address: str) -> _Link:
+        link = self._links.get(address)
+        if link is None:
+            channel = open_channel(address, self._security)
+            stub: worker_pb2_grpc.WorkerServiceAsyncStub = worker_pb2_grpc.WorkerServiceStub(channel)
+            stream = WorkerStream(stub, partial(explain, peer="worker"))
+            link = self._links[address] = _Link(channel, stub, stream)
         return link
 
 

@@ -75,12 +75,18 @@ async def run(
     """SERVING until the process is asked to end."""
     async with running(built) as loop:
         worker = Worker(settings, built, loop, shutdown, registry)
-        server.add(Service(SERVICE, worker_pb2_grpc.add_WorkerServiceServicer_to_server, worker.servicer))
+        server.add(worker_service(worker.servicer))
         if vllm := load_vllm(settings):
             server.add(vllm.vllm_service(worker.servicer))
         registrars = worker.registrars(settings.advertise or address)
         async with background(shutdown, worker.health.run(server), *registrars):
             await server.serve(shutdown, drain_timeout_seconds=settings.drain_timeout)
+
+
+def worker_service(servicer: WorkerServicer) -> Service:
+    """A gateway's GenerateMany lasts as long as the gateway; a drain awaits the calls in it."""
+    add = worker_pb2_grpc.add_WorkerServiceServicer_to_server
+    return Service(SERVICE, add, servicer, background=frozenset({"GenerateMany"}))
 
 
 def load_vllm(settings: WorkerSettings) -> ModuleType | None:

@@ -15,6 +15,7 @@ from gpu_worker.metrics import RequestMetrics
 from gpu_worker.tracing import record_phases
 from protos.rpc import errors
 from protos.rpc.interceptor import Context
+from protos.rpc.many import generate_many
 from protos.wint2.worker.v1 import worker_pb2, worker_pb2_grpc
 
 
@@ -55,6 +56,11 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
                         await asyncio.sleep(request.min_delta_interval_ms / 1e3)
         except (RequestError, EngineDeadError, EngineDrainingError) as error:
             raise messages.service_error(error, taken, self._model.max_model_len) from error
+
+    def GenerateMany(
+        self, requests: AsyncIterator[worker_pb2.GenerateManyRequest], context: Context
+    ) -> AsyncGenerator[worker_pb2.GenerateManyResponse]:
+        return generate_many(self.Generate, requests)
 
     async def Abort(self, request: worker_pb2.AbortRequest, context: Context) -> worker_pb2.AbortResponse:
         aborted = [request_id for request_id in request.request_ids if await self._engine.abort(request_id)]

@@ -11,6 +11,7 @@ import grpc
 
 from protos.rpc.channel import open_channel
 from protos.rpc.errors import InvalidArgumentError
+from protos.rpc.many import generate_many
 from protos.rpc.server import GrpcServer, Service
 from protos.wint2.common.v1 import common_pb2
 from protos.wint2.scheduler.v1 import scheduler_pb2, scheduler_pb2_grpc
@@ -138,6 +139,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         finally:
             self.live.discard(request.request_id)
 
+    def GenerateMany(self, requests: Any, context: Any) -> AsyncIterator[worker_pb2.GenerateManyResponse]:
+        return generate_many(self.Generate, requests)
+
     async def _stream(self, request: Any) -> AsyncIterator[worker_pb2.GenerateResponse]:
         prompt, params = request.prompt.ids, request.sampling_params
         info = worker_pb2.PromptInfo(prompt_tokens=len(prompt), effective_params=params)
@@ -216,7 +220,12 @@ def finish(num_prompt_tokens: int, ids: list[int]) -> worker_pb2.Finish:
 
 
 def worker_service(servicer: worker_pb2_grpc.WorkerServiceServicer) -> Service:
-    return Service(WORKER, worker_pb2_grpc.add_WorkerServiceServicer_to_server, servicer)
+    return Service(
+        WORKER,
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server,
+        servicer,
+        frozenset({"GenerateMany"}),
+    )
 
 
 def tokenizer_service(servicer: tokenizer_pb2_grpc.TokenizerServiceServicer) -> Service:

@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
+from contextvars import ContextVar
 from typing import Any, TypeAlias
 
 import grpc
@@ -40,8 +41,15 @@ class CallsInFlight:
         self._empty.set()
 
     @contextmanager
-    def stay(self) -> Iterator[None]:
-        """The time of one call inside."""
+    def stay(self, method: str, metadata: Mapping[str, str | bytes]) -> Iterator[None]:
+        """The time of one call inside: counted and traced."""
+        service, _, name = method[1:].partition("/")
+        attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name}
+        with self._counted(), server_span(method[1:], metadata, attributes):
+            yield
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
         if self.is_closed:
             raise DRAINING
         self.num_calls += 1
@@ -59,6 +67,10 @@ class CallsInFlight:
         with suppress(TimeoutError):
             await asyncio.wait_for(self._empty.wait(), timeout_seconds)
         return self.num_calls
+
+
+# Those of the server that the current call came in at: a call that carries others counts them itself.
+current_calls: ContextVar[CallsInFlight] = ContextVar("calls in flight")
 
 
 class ServiceInterceptor(grpc.aio.ServerInterceptor):
@@ -119,6 +131,7 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
         metadata = dict(context.invocation_metadata() or ())
         request_id = request_id_from(metadata.items())
         bind_request_id(request_id)
+        current_calls.set(self.calls)
         started = time.perf_counter()
         outcome = "OK"
         try:
@@ -136,11 +149,9 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
         except grpc.aio.AbortError:
             outcome = "ABORTED"
             raise
-        except Exception:
+        except Exception:  # noqa: BLE001 - the one catch of the services
             outcome = "INTERNAL"
-            logger.exception("%s failed", method)
-            hidden = InternalError(f"internal error; the server's log has it under request id {request_id}")
-            await _abort(context, hidden)
+            await _abort(context, hide_failure(method, request_id))
         finally:
             logger.debug("%s %s %.1f ms", method, outcome, (time.perf_counter() - started) * 1e3)
 
@@ -150,10 +161,14 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
         if method in self._background:
             yield
             return
-        service, _, name = method[1:].partition("/")
-        attributes = {"rpc.system": "grpc", "rpc.service": service, "rpc.method": name}
-        with self.calls.stay(), server_span(method[1:], metadata, attributes):
+        with self.calls.stay(method, metadata):
             yield
+
+
+def hide_failure(method: str, request_id: str) -> InternalError:
+    """Logs the exception being handled; what the caller is told of it."""
+    logger.exception("%s failed", method)
+    return InternalError(f"internal error; the server's log has it under request id {request_id}")
 
 
 async def _abort(context: Context, error: ServiceError) -> None:

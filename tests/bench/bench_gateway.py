@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,30 +69,82 @@ class Clocks:
         return (stream * (COMPLETION_TOKENS + 1) + token) * CLOCK.size
 
 
+@dataclass
+class Echo:
+    """A call that runs: its stream's number, what was made of it and what of that was sent."""
+
+    request: worker_pb2.GenerateRequest
+    began_at: float
+    num_made: int = 0
+    num_sent: int = 0
+    sent_at: float = 0.0
+
+    @property
+    def stream(self) -> int:
+        first, second = self.request.prompt.ids[:2]
+        return first - FIRST_BYTE_ID + 256 * (second - FIRST_BYTE_ID)
+
+    def prompt_info(self) -> worker_pb2.GenerateResponse:
+        info = worker_pb2.PromptInfo(prompt_tokens=len(self.request.prompt.ids))
+        return worker_pb2.GenerateResponse(prompt_info=info)
+
+    def step(self, now: float, num_tokens: int, clocks: Clocks) -> list[worker_pb2.GenerateResponse]:
+        """What so many more tokens have to say; nothing before the interval that was asked for."""
+        count, prompt = self.request.sampling_params.max_tokens, self.request.prompt.ids
+        made = min(count, self.num_made + num_tokens)
+        for token in range(self.num_made, made):
+            clocks[self.stream, token] = now
+        self.num_made = made
+        if made < count and self.num_sent and now - self.sent_at < self.request.min_delta_interval_ms / 1e3:
+            return []
+        ids = [prompt[token % len(prompt)] for token in range(self.num_sent, made)]
+        self.num_sent, self.sent_at = made, now
+        messages = [worker_pb2.GenerateResponse(delta=worker_pb2.Delta(token_ids=ids))]
+        if made == count:
+            done = finish(len(prompt), [FIRST_BYTE_ID] * count)
+            messages.append(worker_pb2.GenerateResponse(finish=done))
+        return messages
+
+
 class EchoWorker(FakeWorker):
-    """A token every `step_seconds` for each stream; honours the interval that a request asks for."""
+    """An engine's pace: every `step_seconds` a token for each sequence, all of them in one message."""
 
     def __init__(self, step_seconds: float, clocks: Clocks) -> None:
         super().__init__()
         self._step_seconds = step_seconds
         self._clocks = clocks
 
-    async def Generate(self, request: Any, context: Any) -> AsyncIterator[worker_pb2.GenerateResponse]:
-        prompt, count = request.prompt.ids, request.sampling_params.max_tokens
-        stream = prompt[0] - FIRST_BYTE_ID + 256 * (prompt[1] - FIRST_BYTE_ID)
-        yield worker_pb2.GenerateResponse(prompt_info=worker_pb2.PromptInfo(prompt_tokens=len(prompt)))
-        pause = max(self._step_seconds, request.min_delta_interval_ms / 1e3)
-        started, num_sent = time.monotonic(), 0
-        while num_sent < count:
-            await asyncio.sleep(self._step_seconds if num_sent == 0 else pause)
+    async def GenerateMany(self, requests: Any, context: Any) -> AsyncIterator[Any]:
+        calls: dict[int, Echo] = {}
+        reader = asyncio.create_task(self._follow(requests, calls))
+        stepped_at = time.monotonic()
+        while True:
+            await asyncio.sleep(max(0.0, stepped_at + self._step_seconds - time.monotonic()))
             now = time.monotonic()
-            made = min(count, max(num_sent + 1, int((now - started) / self._step_seconds)))
-            for token in range(num_sent, made):
-                self._clocks[stream, token] = now
-            ids = [prompt[token % len(prompt)] for token in range(num_sent, made)]
-            yield worker_pb2.GenerateResponse(delta=worker_pb2.Delta(token_ids=ids))
-            num_sent = made
-        yield worker_pb2.GenerateResponse(finish=finish(len(prompt), [FIRST_BYTE_ID] * count))
+            num_steps = max(1, int((now - stepped_at) / self._step_seconds))  # a late engine catches up
+            stepped_at = max(stepped_at + num_steps * self._step_seconds, now - self._step_seconds)
+            told = [self._step(call_id, call, now, num_steps) for call_id, call in calls.items()]
+            for call_id in [one.call_id for one in told if one.HasField("end_status")]:
+                del calls[call_id]
+            if told := [one for one in told if one.responses]:
+                yield worker_pb2.GenerateManyResponse(calls=told)
+        reader.cancel()
+
+    async def _follow(self, requests: Any, calls: dict[int, Echo]) -> None:
+        async for request in requests:
+            for call in request.starts:
+                calls[call.call_id] = Echo(call.request, time.monotonic())
+            for call_id in request.cancelled_call_ids:
+                calls.pop(call_id, None)
+
+    def _step(self, call_id: int, call: Echo, now: float, num_steps: int) -> worker_pb2.GenerateCallResponse:
+        told = worker_pb2.GenerateCallResponse(call_id=call_id)
+        if call.num_made == 0:
+            told.responses.append(call.prompt_info())
+        told.responses.extend(call.step(now, num_steps, self._clocks))
+        if call.num_sent == call.request.sampling_params.max_tokens:
+            told.end_status = b""
+        return told
 
 
 async def run_worker(listen: str, scheduler: str, step_seconds: float, clocks: Path) -> None:
