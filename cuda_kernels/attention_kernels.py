@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from cuda_kernels.build import Variant
+from cuda_kernels.cache_format import CacheScales, gather_blocks
 from cuda_kernels.launch import Argument, Device, check
 
 HEAD_DIMS = (64, 128)
+FORMATS = {torch.bfloat16: 0, torch.int8: 1, torch.float8_e4m3fn: 2}  # as in csrc/attention.cuh
 _DECODE_ROWS, _PREFILL_ROWS = 16, 64  # query rows of a block
 _DECODE_THREADS = _PREFILL_THREADS = 128
 _DECODE_WARPS, _PREFILL_KEYS = 4, 64
@@ -36,6 +38,17 @@ class Step:
     block_tables_SM: Tensor
     cu_seqlens_q: Tensor
     context_lens_S: Tensor
+    scales: CacheScales | None = None
+
+    @property
+    def caches(self) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+        """Keys and values, each with its scales."""
+        key_scales, value_scales = self.scales or (None, None)
+        return (self.key_cache_BPGC, key_scales), (self.value_cache_BPGC, value_scales)
+
+    @property
+    def format(self) -> int:
+        return FORMATS[self.key_cache_BPGC.dtype]
 
     @property
     def num_sequences(self) -> int:
@@ -58,7 +71,8 @@ def has_kernel(query_THC: Tensor, step: Step) -> bool:
     """Whether the kernels take these shapes and dtypes."""
     group = query_THC.shape[1] // step.num_kv_heads
     return (
-        query_THC.dtype == step.key_cache_BPGC.dtype == torch.bfloat16
+        query_THC.dtype == torch.bfloat16
+        and step.key_cache_BPGC.dtype in FORMATS
         and query_THC.shape[2] in HEAD_DIMS
         and group <= _DECODE_ROWS
         and step.block_size >= _MIN_BLOCK
@@ -74,12 +88,13 @@ def launch_attention(
     `query_THC` may be a view of the projection: a token's heads lie side by side, tokens at any distance.
     """
     num_heads, head_dim = query_THC.shape[1:]
-    check("key_cache", step.key_cache_BPGC, (None, None, None, head_dim), (torch.bfloat16,))
+    check("key_cache", step.key_cache_BPGC, (None, None, None, head_dim), tuple(FORMATS))
     check("block_tables", step.block_tables_SM, (step.num_sequences, None), (torch.int32,))
     check("cu_seqlens_q", step.cu_seqlens_q, (step.num_sequences + 1,), (torch.int32,))
     check("context_lens", step.context_lens_S, (step.num_sequences,), (torch.int32,))
     out_THC = query_THC.new_empty(query_THC.shape)
-    inputs: list[Argument] = [query_THC, step.key_cache_BPGC, step.value_cache_BPGC, step.block_tables_SM]
+    inputs: list[Argument] = [query_THC, step.key_cache_BPGC, step.value_cache_BPGC]
+    inputs += [*(step.scales or (None, None)), step.block_tables_SM]
     inputs += [step.cu_seqlens_q, step.context_lens_S, out_THC]
     shape: list[Argument] = [num_heads, step.num_kv_heads, query_THC.stride(0) // 8]
     shape += [step.block_size.bit_length() - 1, step.block_tables_SM.shape[1], scale / math.log(2)]
@@ -103,7 +118,7 @@ def _launch_decode(
     shared_bytes = _DECODE_ROWS * (_DECODE_WARPS * width + _MAX_SHARES + 2) * 4 + 16
     grid = num_rows, shares
     device.launch(
-        _variant("decode", head_dim),
+        _variant("decode", head_dim, step.format),
         "attention_decode",
         grid,
         _DECODE_THREADS,
@@ -120,10 +135,10 @@ def _launch_prefill(
     tile_tokens = _PREFILL_ROWS // (num_heads // step.num_kv_heads)
     tiles = num_tokens // tile_tokens + step.num_sequences
     arguments = [*inputs, step.num_sequences, tile_tokens, tiles, *shape]
-    shared_bytes = 2 * _PREFILL_KEYS * (4 * head_dim + 80)
+    shared_bytes = 2 * _PREFILL_KEYS * (_prefill_bytes(step, head_dim) + 8)
     grid = tiles, step.num_kv_heads
     device.launch(
-        _variant("prefill", head_dim),
+        _variant("prefill", head_dim, step.format),
         "attention_prefill",
         grid,
         _PREFILL_THREADS,
@@ -133,19 +148,26 @@ def _launch_prefill(
     )
 
 
+def _prefill_bytes(step: Step, head_dim: int) -> int:
+    """A key and a value in shared memory, padded."""
+    return 4 * head_dim + 80 if step.format == 0 else 2 * head_dim + 48
+
+
 def choose_shares(num_rows: int, max_context: int, num_multiprocessors: int) -> int:
     """Into how many shares a sequence's keys are cut: enough blocks to fill the GPU, 128 keys at least."""
     wanted = -(-_BLOCKS_PER_MULTIPROCESSOR * num_multiprocessors // num_rows)
     return max(1, min(wanted, -(-max_context // _MIN_KEYS), _MAX_SHARES))
 
 
-def variants(head_dim: int) -> list[Variant]:
+def variants(head_dim: int, cache_dtype: torch.dtype = torch.bfloat16) -> list[Variant]:
     """Every kernel that the op may ask for."""
-    return [_variant(kind, head_dim) for kind in ("decode", "prefill") if head_dim in HEAD_DIMS]
+    if head_dim not in HEAD_DIMS or cache_dtype not in FORMATS:
+        return []
+    return [_variant(kind, head_dim, FORMATS[cache_dtype]) for kind in ("decode", "prefill")]
 
 
-def _variant(kind: str, head_dim: int) -> Variant:
-    return Variant(f"attention_{kind}", (("HEAD_DIM", head_dim),))
+def _variant(kind: str, head_dim: int, form: int) -> Variant:
+    return Variant(f"attention_{kind}", (("HEAD_DIM", head_dim), ("FORMAT", form)))
 
 
 @cache
@@ -166,12 +188,16 @@ def attention_by_token(query_THC: Tensor, step: Step, scale: float) -> Tensor:
     for start in range(0, num_tokens, size):
         part = slice(start, start + size)
         blocks_TM = step.block_tables_SM[sequence_T[part]].long()
-        keys_TNGC, values_TNGC = (
-            kv[blocks_TM].flatten(1, 2).float() for kv in (step.key_cache_BPGC, step.value_cache_BPGC)
-        )
+        keys_TNGC, values_TNGC = (_gather(*kv, blocks_TM) for kv in step.caches)
         query_TGRC = query_THC[part].float().unflatten(1, (step.num_kv_heads, -1)) * scale
         scores_TGRN = query_TGRC @ keys_TNGC.permute(0, 2, 3, 1)
         is_future_TN = torch.arange(step.max_context, device=query_THC.device) > last_T[part].unsqueeze(1)
         weights_TGRN = scores_TGRN.masked_fill(is_future_TN[:, None, None], -torch.inf).softmax(-1)
         out_THC[part] = (weights_TGRN @ values_TNGC.transpose(1, 2)).flatten(1, 2).to(out_THC.dtype)
     return out_THC
+
+
+def _gather(cache_BPGC: Tensor, scales_BGP: Tensor | None, blocks_TM: Tensor) -> Tensor:
+    """Float32 [T, N, G, C]."""
+    values_IPGC = gather_blocks(cache_BPGC, scales_BGP, blocks_TM.flatten()).transpose(1, 2)
+    return values_IPGC.reshape(len(blocks_TM), -1, *cache_BPGC.shape[2:])

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from cuda_kernels.attention_kernels import Step, attention_by_token, has_kernel, launch_attention
+from cuda_kernels.cache_format import CacheScales, gather_blocks
 from cuda_kernels.compiled import cpu
 from cuda_kernels.launch import cuda_device
 
@@ -81,21 +82,22 @@ def paged_attention(
     max_query_len: int,
     scale: float,
     plan: AttentionPlan | None = None,
+    scales: CacheScales | None = None,
 ) -> torch.Tensor:
     """softmax(scale · Q Kᵀ + causal mask) V over each sequence's cached tokens: [T, H, C].
 
     Query i of a sequence sits at position `context_len - query_len + i`; `context_lens_S` counts the step's
     own tokens, whose keys and values are already stored. Softmax and sums are float32. `plan`, of the same
-    step, spares making it again in every layer.
+    step, spares making it again in every layer; `scales` are those of caches that hold levels.
     """
+    caches = key_cache_BPGC, value_cache_BPGC
     if query_THC.is_cuda:
-        step = Step(key_cache_BPGC, value_cache_BPGC, block_tables_SM, cu_seqlens_q, context_lens_S)
+        step = Step(*caches, block_tables_SM, cu_seqlens_q, context_lens_S, scales)
         if not has_kernel(query_THC, step):
             return attention_by_token(query_THC, step, scale)
         return launch_attention(cuda_device(query_THC.device.index), query_THC, step, max_query_len, scale)
-    if is_compiled(query_THC.shape[-1], query_THC.dtype) and key_cache_BPGC.dtype == torch.float32:
-        caches = key_cache_BPGC, value_cache_BPGC
-        return cpu.attention(query_THC, *caches, block_tables_SM, cu_seqlens_q, context_lens_S, scale)
+    if is_compiled(query_THC.shape[-1], query_THC.dtype):
+        return cpu.attention(query_THC, *caches, block_tables_SM, cu_seqlens_q, context_lens_S, scale, scales)
     plan = plan or plan_attention(
         block_tables_SM,
         cu_seqlens_q,
@@ -107,24 +109,24 @@ def paged_attention(
     assert plan is not None
     out_THC = torch.zeros_like(query_THC)
     for part in plan.parts:
-        _attend(out_THC, query_THC, key_cache_BPGC, value_cache_BPGC, part, scale)
+        _attend(out_THC, query_THC, caches, scales or (None, None), part, scale)
     return out_THC
 
 
 def _attend(
     out_THC: torch.Tensor,
     query_THC: torch.Tensor,
-    key_cache_BPGC: torch.Tensor,
-    value_cache_BPGC: torch.Tensor,
+    caches: tuple[torch.Tensor, torch.Tensor],
+    scales: tuple[torch.Tensor | None, torch.Tensor | None],
     part: _Part,
     scale: float,
 ) -> None:
-    query_UGRC = _tile_queries(query_THC[part.token_UQ].float() * scale, key_cache_BPGC.shape[2])
-    keys_IGPC = _gather(key_cache_BPGC, part.block_I)
+    query_UGRC = _tile_queries(query_THC[part.token_UQ].float() * scale, caches[0].shape[2])
+    keys_IGPC = gather_blocks(caches[0], scales[0], part.block_I)
     scores_IGRP = _products(query_UGRC.index_select(0, part.tile_I), keys_IGPC.transpose(-1, -2))
     scores_IGRP.masked_fill_(part.is_future_I1RP, -torch.inf)
     weights_IGRP = _exp_below_tile_maximum(scores_IGRP, part)
-    products_IGRC = _products(weights_IGRP, _gather(value_cache_BPGC, part.block_I))
+    products_IGRC = _products(weights_IGRP, gather_blocks(caches[1], scales[1], part.block_I))
     sums_UGRC = _fold(torch.add, products_IGRC, part.active)
     totals_UGR1 = _fold(torch.add, weights_IGRP.sum(-1, keepdim=True), part.active)
     result_UQHC = _untile(sums_UGRC / totals_UGR1, part.tile_size, query_THC.shape[1])
@@ -147,11 +149,6 @@ def _untile(result_UGRC: torch.Tensor, tile_size: int, num_heads: int) -> torch.
     result = result_UGRC[:, :, : group * tile_size]
     by_head = result.reshape(num_tiles, num_kv_heads, group, tile_size, head_dim)
     return by_head.permute(0, 3, 1, 2, 4).flatten(2, 3)
-
-
-def _gather(cache_BPGC: torch.Tensor, block_I: torch.Tensor) -> torch.Tensor:
-    """The blocks of the items, head by head: [I, G, P, C] float32."""
-    return cache_BPGC.transpose(1, 2).index_select(0, block_I).float()
 
 
 def _products(a_IGRX: torch.Tensor, b_IGXY: torch.Tensor) -> torch.Tensor:

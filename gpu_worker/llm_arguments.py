@@ -15,7 +15,10 @@ RENAMED = {
     "num_gpu_blocks_override": "num_kv_blocks",
     "load_choices": "load_format",
 }
-LOAD_FORMATS = {"default": "auto", "default_v1": "auto", "safetensors": "auto"}
+VALUES = {
+    "load_format": {"default": "auto", "default_v1": "auto", "safetensors": "auto"},
+    "kv_cache_dtype": {"fp8_e4m3": "fp8"},
+}
 
 # What they ask for is so already, or concerns a mechanism that is not here.
 NOTED = {
@@ -160,7 +163,7 @@ def _translate(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         raise TypeError(f"LLM() got an unexpected keyword argument {name!r}{_suggestion(name)}")
     elif value is not None:
         own = RENAMED.get(name, name)
-        yield own, LOAD_FORMATS.get(value, value) if own == "load_format" else value
+        yield own, VALUES[own].get(value, value) if own in VALUES else value
 
 
 def _suggestion(name: str) -> str:

@@ -54,6 +54,11 @@ class WorkerSettings(ServiceSettings):
     kv_cache_memory_gib: float | None = Field(
         None, gt=0, description="memory of the KV cache; default: what the memory plan allows"
     )
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "int8", "fp8"] = Field(
+        "auto",
+        description="what the KV cache holds; auto: as --dtype; int8 and fp8 (e4m3): a byte a number, and a "
+        "float32 scale for each token and head",
+    )
     gpu_memory_utilization: float = Field(
         0.9, gt=0, le=1, description="share of the GPU's memory that weights, cache and activations may take"
     )

@@ -77,6 +77,9 @@ class ServeSettings(BaseSettings):
     kv_cache_memory_gib: float | None = Field(
         None, gt=0, description="GiB for the KV cache, instead of blocks"
     )
+    kv_cache_dtype: Literal["auto", "float32", "bfloat16", "int8", "fp8"] = Field(
+        "auto", description="numbers of the KV cache; int8, fp8: half of bfloat16's memory"
+    )
     gpu_memory_utilization: float | None = Field(
         None, gt=0, le=1, description="share of the GPU's memory to use"
     )

@@ -24,6 +24,7 @@ WORKER_FLAGS = (
     "block_size",
     "num_kv_blocks",
     "kv_cache_memory_gib",
+    "kv_cache_dtype",
     "gpu_memory_utilization",
     "enable_prefix_caching",
     "enable_chunked_prefill",

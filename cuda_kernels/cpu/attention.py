@@ -7,6 +7,8 @@ that KV head. For every 64 keys, in the order of their positions:
     weights, rescaled sums          elementwise.soften_row, causal mask included
     out   += weights · values       a panel product over the values where they lie in the cache
 
+Of a cache that does not hold float32, each 64 keys and then values are first expanded next to the job.
+
 A row's chain of operations depends on its own position only: it has the same bits in any batch and chunking.
 """
 
@@ -28,7 +30,9 @@ _TILE_KEYS = 64
 # Rows of the table of addresses.
 _QUERY, _OUT, _SCORES, _KEYS = range(4)
 # What a job is given: its counter, kernels, scale; query, out, cache, heads; tiles; the step.
-_NUM_GIVEN = 21
+_NUM_GIVEN = 25
+# How the cache keeps a number: as a float32, as a bfloat16, as a level of int8 or of another byte.
+FLOAT32, BFLOAT16, INT8, BYTE = range(4)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -51,6 +55,53 @@ def _find_keys(
         position = first + key
         slot = np.int64(blocks[position // block_size]) * block_size + position % block_size
         rows[key] = keys + slot * slot_bytes
+
+
+@numba.njit(nogil=True, cache=True)
+def _expand_row(source: int, width: int, kind: int, scale: np.float32, values: Floats, target: int) -> None:
+    """One head of a token as float32; `values` are those of each byte."""
+    row = carray(pointer(target), (width,), np.float32)
+    if kind == BFLOAT16:
+        bits = carray(pointer(target), (width,), np.uint32)
+        halves = carray(pointer(source), (width,), np.uint16)
+        for i in range(width):
+            bits[i] = np.uint32(halves[i]) << np.uint32(16)
+    elif kind == INT8:
+        levels = carray(pointer(source), (width,), np.int8)
+        for i in range(width):
+            row[i] = np.float32(levels[i]) * scale
+    else:
+        codes = carray(pointer(source), (width,), np.uint8)
+        for i in range(width):
+            row[i] = values[codes[i]] * scale
+
+
+@numba.njit(nogil=True, cache=True)
+def _expand(
+    rows: Ints,
+    first: int,
+    count: int,
+    width: int,
+    blocks: SmallInts,
+    block_size: int,
+    form: tuple[int, int, int],
+    scales: int,
+    room: Floats,
+) -> None:
+    """The rows' values in `room`, to which their addresses then point.
+
+    `form`: kind, address of the bytes' values, slots from a block's scales to the next one's.
+    """
+    kind, values, block_scales = form
+    values_256 = carray(pointer(values), (256,), np.float32)
+    for key in range(count):
+        position, scale = first + key, np.float32(1)
+        if kind >= INT8:
+            at = np.int64(blocks[position // block_size]) * block_scales + position % block_size
+            scale = carray(pointer(scales + 4 * at), (1,), np.float32)[0]
+        target = room.ctypes.data + key * width * 4
+        _expand_row(rows[key], width, kind, scale, values_256, target)
+        rows[key] = target
 
 
 @numba.njit(nogil=True, cache=True)
@@ -81,11 +132,17 @@ def _attend(
     group: int,
     span: tuple[int, int],
     cache: tuple[int, int, int, int],
+    form: tuple[int, int, int],
+    scales: tuple[int, int],
+    room: Floats,
     blocks: SmallInts,
     head_bytes: int,
     scale: int,
 ) -> None:
-    """One item: `group` rows a token; `span` the position of its first token, and the keys up to its last."""
+    """One item: `group` rows a token; `span` the position of its first token, and the keys up to its last.
+
+    `scales`: addresses of the head's for keys and values, if it has any.
+    """
     first_position, num_keys = span
     keys, values, slot_bytes, block_size = cache
     width = head_bytes // 4
@@ -95,13 +152,19 @@ def _attend(
     for first in range(0, num_keys, _TILE_KEYS):
         count = min(_TILE_KEYS, num_keys - first)
         _find_keys(rows[_KEYS], first, count, keys, slot_bytes, blocks, block_size)
+        if form[0] != FLOAT32:
+            _expand(rows[_KEYS], first, count, width, blocks, block_size, form, scales[0], room)
         _keys_to_panel(rows[_KEYS], count, head_bytes, panel.ctypes.data)
         query, scores = rows[_QUERY].ctypes.data, rows[_SCORES].ctypes.data
         multiply(kernels[0], query, scores, num_rows, panel.ctypes.data, 0, width, 0)
         for row in range(num_rows):
             seen = first_position + row // group + 1 - first
             soften_row(rows[_SCORES, row], seen, scale, states[row].ctypes.data, rows[_OUT, row], width)
-        _advance(rows[_KEYS], count, values - keys)
+        if form[0] == FLOAT32:
+            _advance(rows[_KEYS], count, values - keys)
+        else:
+            _find_keys(rows[_KEYS], first, count, values, slot_bytes, blocks, block_size)
+            _expand(rows[_KEYS], first, count, width, blocks, block_size, form, scales[1], room)
         _add_values(kernels[1], rows, num_rows, head_bytes, count)
     for row in range(num_rows):
         divide_row(rows[_OUT, row], states[row].ctypes.data + 4, width)
@@ -118,11 +181,14 @@ def job(arguments: int) -> None:
     block_tables = carray(pointer(given[17]), (given[16], given[18]), np.int32)
     cu_seqlens = carray(pointer(given[19]), (given[16] + 1,), np.int32)
     context_lens = carray(pointer(given[20]), (given[16],), np.int32)
+    form = given[21], given[22], num_kv_heads * block_size
     group = num_heads // num_kv_heads
     max_rows = _TILE_TOKENS * group
     rows = np.empty((4, max(max_rows, _TILE_KEYS)), np.int64)
     scores, states = np.empty((max_rows, _TILE_KEYS), np.float32), np.empty((max_rows, 2), np.float32)
     panel = np.empty(head_bytes // 4 * _TILE_KEYS, np.float32)
+    room = np.empty(1 if form[0] == FLOAT32 else panel.size, np.float32)
+    cached_bytes = head_bytes >> min(form[0], 2)
     item = add(arguments, 1)
     while item < len(tiles) * num_kv_heads:
         # The last tiles of a prompt see the most keys: they come first.
@@ -137,11 +203,13 @@ def job(arguments: int) -> None:
                 out + token * out_stride + at,
             )
             rows[_SCORES, row] = scores[row].ctypes.data
-        at = head * head_bytes
-        head_cache = keys + at, values + at, num_kv_heads * head_bytes, block_size
+        at = head * cached_bytes
+        head_cache = keys + at, values + at, num_kv_heads * cached_bytes, block_size
+        head_scales = given[23] + 4 * head * block_size, given[24] + 4 * head * block_size
         span = position, position + end - first
         num_rows, blocks = (end - first) * group, block_tables[sequence]
-        _attend(kernels, rows, states, panel, num_rows, group, span, head_cache, blocks, head_bytes, scale)
+        cached = span, head_cache, form, head_scales, room
+        _attend(kernels, rows, states, panel, num_rows, group, *cached, blocks, head_bytes, scale)
         item = add(arguments, 1)
     keep(scores)
 
@@ -171,12 +239,14 @@ def attention(
     cache: tuple[int, int, int],
     heads: tuple[int, int, int],
     step: tuple[int, int, int, int, int],
+    form: tuple[int, int, int, int],
     scale: float,
 ) -> None:
     """`share`: the compiled job; `kernels`: for panels, for rows anywhere; `query`, `out`: address, stride.
 
     `cache`: keys, values, slots of a block; `heads`: query heads, KV heads, bytes of one; `step`: sequences,
-    block tables, blocks of a row, cu_seqlens, context_lens.
+    block tables, blocks of a row, cu_seqlens, context_lens; `form`: kind, values of a byte, scales of
+    keys and values.
     """
     factor = np.array([scale], np.float32)
     tiles = _tiles(carray(pointer(step[3]), (step[0] + 1,), np.int32))
@@ -187,6 +257,7 @@ def attention(
     given[11], given[12], given[13] = heads[0], heads[1], heads[2]
     given[14], given[15] = tiles.ctypes.data, len(tiles)
     given[16], given[17], given[18], given[19], given[20] = step[0], step[1], step[2], step[3], step[4]
+    given[21], given[22], given[23], given[24] = form[0], form[1], form[2], form[3]
     run(team, share, given.ctypes.data)
     keep(factor)
     keep(tiles)

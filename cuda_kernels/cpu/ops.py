@@ -7,9 +7,11 @@ heads, C head dim, B blocks, P slots in a block, S sequences, M blocks of the lo
 from __future__ import annotations
 
 import os
+from functools import cache
 
 import torch
 
+from cuda_kernels.cache_format import CacheScales
 from cuda_kernels.cpu import attention as compiled_attention
 from cuda_kernels.cpu import experts as compiled_experts
 from cuda_kernels.cpu import linear as compiled_linear
@@ -22,6 +24,12 @@ from cuda_kernels.cpu.vector import LANES
 
 # What may run beside this thread, as the operating system has it.
 _MAX_THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+_KINDS = {
+    torch.float32: compiled_attention.FLOAT32,
+    torch.bfloat16: compiled_attention.BFLOAT16,
+    torch.int8: compiled_attention.INT8,
+    torch.float8_e4m3fn: compiled_attention.BYTE,
+}
 
 
 def _team() -> tuple[int, int]:
@@ -145,12 +153,15 @@ def attention(
     cu_seqlens_q: torch.Tensor,
     context_lens_S: torch.Tensor,
     scale: float,
+    scales: CacheScales | None = None,
 ) -> torch.Tensor:
     """[T, H, C]; C is a multiple of 64, the heads of a token lie side by side, tokens at any distance."""
     _, num_heads, head_dim = query_THC.shape
     block_size, num_kv_heads = key_cache_BPGC.shape[1:3]
     out_THC = torch.empty(query_THC.shape)
     tables = block_tables_SM.contiguous()
+    key_scales, value_scales = (x.data_ptr() for x in scales) if scales else (0, 0)
+    byte_values = _byte_values().data_ptr()
     compiled_attention.attention(
         _team(),
         job_address(compiled_attention.job),
@@ -160,6 +171,13 @@ def attention(
         (key_cache_BPGC.data_ptr(), value_cache_BPGC.data_ptr(), block_size),
         (num_heads, num_kv_heads, 4 * head_dim),
         (len(tables), tables.data_ptr(), tables.shape[1], cu_seqlens_q.data_ptr(), context_lens_S.data_ptr()),
+        (_KINDS[key_cache_BPGC.dtype], byte_values, key_scales, value_scales),
         scale,
     )
     return out_THC
+
+
+@cache
+def _byte_values() -> torch.Tensor:
+    """What each byte means as e4m3."""
+    return torch.arange(256).byte().view(torch.float8_e4m3fn).float()

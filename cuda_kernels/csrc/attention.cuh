@@ -1,5 +1,8 @@
 // Sixteen query rows of one warp against keys and values, bfloat in, float sums, softmax on the way.
 //
+// FORMAT is what the cache holds: 0 bfloats, 1 int8 and 2 e4m3 levels. A level is a bfloat too; its scale, one a key and
+// head, goes to the score, or to the weight that multiplies the value.
+//
 // Queries are the A operand of mma.m16n8k16, keys and then values the B operand. A lane's share of B is eight
 // consecutive features: of key g for the scores, which only permutes the features that are summed over, and of keys
 // 2t, 2t+1, 2t+8, 2t+9 for the products, where column g of the j-th mma is feature 8g + j:
@@ -10,6 +13,12 @@
 #pragma once
 #include "common.cuh"
 
+#if FORMAT
+using Vector = Words2;  // eight neighbouring features
+#else
+using Vector = Words4;
+#endif
+constexpr bool IS_SCALED = FORMAT != 0;
 constexpr int STEPS = HEAD_DIM / 32, HALVES = HEAD_DIM / 64;
 constexpr float NEVER = -1e30f;  // below every score; finite, so that a row with no key yet gives no NaN
 
@@ -44,6 +53,29 @@ DEVICE void score(float (&scores)[4], const Query& query, const Words4 (&key)[ST
         mma_bfloat(scores, second, key[c].z, key[c].w, scores);
     }
 }
+
+// Four levels as bfloats, two to a word.
+DEVICE void expand(u32 levels, u32& low, u32& high) {
+    if constexpr (FORMAT == 1) {
+        float level[4];
+        for (int i = 0; i < 4; ++i)
+            level[i] = bits_float(prmt(levels ^ 0x80808080u, 0x4B000000u, 0x7440u + i)) - (0x1p23f + 128);
+        low = pack_bfloat2(level[0], level[1]), high = pack_bfloat2(level[2], level[3]);
+    } else {
+        // Sign, four bits of exponent, three of mantissa, where a bfloat has them; its exponent counts from 120 more.
+        u32 pairs[2] = {prmt(levels, 0, 0x1404u), prmt(levels, 0, 0x3424u)};
+        for (u32& pair : pairs)
+            pair = fused_bfloat2(and_or(pair >> 4, 0x07F007F0u, pair & 0x80008000u), 0x7B807B80u, 0);
+        low = pairs[0], high = pairs[1];
+    }
+}
+DEVICE Words4 expand(const Words2& levels) {
+    Words4 d;
+    expand(levels.x, d.x, d.y);
+    expand(levels.y, d.z, d.w);
+    return d;
+}
+DEVICE Words4 expand(const Words4& bfloats) { return bfloats; }
 
 DEVICE float quad_max(float x) {
     x = larger(x, shuffle_xor(x, 1));
@@ -83,6 +115,16 @@ struct Values {
     Words4 of[4][HALVES];
 };
 
+// The lane's scores, or weights, of sixteen keys times the scales of keys 2t, 2t+1, 2t+8, 2t+9. A weight of 0 stays: what
+// lies past the end has any scale.
+DEVICE void apply_scales(float (&low)[4], float (&high)[4], const float (&scales)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        low[i] = low[i] == 0 ? 0.f : low[i] * scales[i % 2];
+        high[i] = high[i] == 0 ? 0.f : high[i] * scales[2 + i % 2];
+    }
+}
+
 DEVICE void multiply(Answer& answer, const float (&low)[4], const float (&high)[4], const Values& values) {
     const u32 a[4] = {pack_bfloat2(low[0], low[1]), pack_bfloat2(low[2], low[3]), pack_bfloat2(high[0], high[1]),
                       pack_bfloat2(high[2], high[3])};
@@ -102,12 +144,17 @@ DEVICE void multiply(Answer& answer, const float (&low)[4], const float (&high)[
 
 // Where the cache keeps a sequence's tokens: vectors of eight features. A block has 2^block_bits slots.
 struct Cache {
-    const Words4 *keys, *values;
+    const Vector *keys, *values;
+    const float *key_scales, *value_scales;
     const int* blocks;  // of this sequence
     int block_bits, kv_heads, kv_head;
 
     DEVICE long row(int position) const {
         long block = blocks[position >> block_bits], slot = (block << block_bits) + (position & ((1 << block_bits) - 1));
         return (slot * kv_heads + kv_head) * (HEAD_DIM / 8);
+    }
+    DEVICE long scale(int position) const {
+        long head = (long)blocks[position >> block_bits] * kv_heads + kv_head;
+        return (head << block_bits) + (position & ((1 << block_bits) - 1));
     }
 };

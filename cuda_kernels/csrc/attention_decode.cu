@@ -22,28 +22,61 @@ DEVICE void load_query(Query& query, const Words4* rows, int group) {
     }
 }
 
+DEVICE Words4 load_vector(const Words4* from) { return load_once16(from); }
+DEVICE Words2 load_vector(const Words2* from) { return load_once8(from); }
+
+// What a lane reads of sixteen keys, as the cache has it.
 struct Keys {
-    Words4 of[2][STEPS];
+    Vector of[2][STEPS];
+    float scales[4];
+
+    DEVICE void expand_tile(int tile, Words4 (&key)[STEPS]) const {
+#pragma unroll
+        for (int c = 0; c < STEPS; ++c) key[c] = expand(of[tile][c]);
+    }
 };
+struct StoredValues {
+    Vector of[4][HALVES];
+    float scales[4];
+
+    DEVICE Values expanded() const {
+        Values values;
+#pragma unroll
+        for (int i = 0; i < 4 * HALVES; ++i) values.of[i / HALVES][i % HALVES] = expand(of[i / HALVES][i % HALVES]);
+        return values;
+    }
+};
+
+DEVICE void load_scales(float (&scales)[4], const float* from) {
+    if constexpr (IS_SCALED) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) scales[i] = from[2 * (threadIdx.x % 4) + i % 2 + i / 2 * 8];
+    }
+}
 
 DEVICE void load_keys(Keys& keys, const Cache& cache, int position) {
     int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const Words4* row = cache.keys + cache.row(position) + g * cache.kv_heads * (HEAD_DIM / 8) + t;
+    const Vector* row = cache.keys + cache.row(position) + g * cache.kv_heads * (HEAD_DIM / 8) + t;
+    load_scales(keys.scales, cache.key_scales + (IS_SCALED ? cache.scale(position) : 0));
 #pragma unroll
     for (int tile = 0; tile < 2; ++tile)
 #pragma unroll
         for (int c = 0; c < STEPS; ++c)
-            keys.of[tile][c] = load_once16(row + tile * 8 * cache.kv_heads * (HEAD_DIM / 8) + 4 * c);
+            keys.of[tile][c] = load_vector(row + tile * 8 * cache.kv_heads * (HEAD_DIM / 8) + 4 * c);
 }
 
-DEVICE void load_values(Values& values, const Cache& cache, int position) {
+// Past the end the last one again: what lies there may be NaN, which no weight of 0 would hide.
+DEVICE void load_values(StoredValues& values, const Cache& cache, int position, int end) {
     int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    const Words4* row = cache.values + cache.row(position) + g;
+    const Vector* row = cache.values + cache.row(position) + g;
+    load_scales(values.scales, cache.value_scales + (IS_SCALED ? cache.scale(position) : 0));
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < 4; ++i) {
+        int key = smaller(2 * t + i % 2 + i / 2 * 8, end - 1 - position);
 #pragma unroll
         for (int h = 0; h < HALVES; ++h)
-            values.of[i][h] = load_once16(row + (2 * t + i % 2 + i / 2 * 8) * cache.kv_heads * (HEAD_DIM / 8) + 8 * h);
+            values.of[i][h] = load_vector(row + key * cache.kv_heads * (HEAD_DIM / 8) + 8 * h);
+    }
 }
 
 // Scores of keys from `end` on count for nothing.
@@ -58,19 +91,25 @@ DEVICE void sweep(Answer& answer, const Query& query, const Cache& cache, Share 
     int position = share.begin + threadIdx.x / 32 * KEYS;
     if (position >= share.end) return;
     Keys keys;
-    Values values;
+    StoredValues values;
     load_keys(keys, cache, position);
-    load_values(values, cache, position);
+    load_values(values, cache, position, share.end);
     for (; position < share.end; position += WARPS * KEYS) {
         bool has_next = position + WARPS * KEYS < share.end;
         float scores[2][4];
-        score(scores[0], query, keys.of[0]);
-        score(scores[1], query, keys.of[1]);
+#pragma unroll
+        for (int tile = 0; tile < 2; ++tile) {
+            Words4 key[STEPS];
+            keys.expand_tile(tile, key);
+            score(scores[tile], query, key);
+        }
+        if constexpr (IS_SCALED) apply_scales(scores[0], scores[1], keys.scales);
         if (has_next) load_keys(keys, cache, position + WARPS * KEYS);
         mask(scores, position, share.end);
         soften(scores, answer, scale);
-        multiply(answer, scores[0], scores[1], values);
-        if (has_next) load_values(values, cache, position + WARPS * KEYS);
+        if constexpr (IS_SCALED) apply_scales(scores[0], scores[1], values.scales);
+        multiply(answer, scores[0], scores[1], values.expanded());
+        if (has_next) load_values(values, cache, position + WARPS * KEYS, share.end);
     }
 }
 
@@ -149,7 +188,8 @@ struct Merger {
 };
 
 // Block (sequence · G + KV head, share). scratch [S·G, shares, ROWS, ROW]; counters [S·G] zero before and after.
-KERNEL(THREADS, 2) attention_decode(const Words4* query, const Words4* keys, const Words4* values, const int* tables,
+KERNEL(THREADS, 2) attention_decode(const Words4* query, const Vector* keys, const Vector* values,
+                                    const float* key_scales, const float* value_scales, const int* tables,
                                     const int* query_starts, const int* context_lens, u16* out, float* scratch,
                                     u32* counters, int shares, int heads, int kv_heads, int query_stride,
                                     int block_bits, int table_width, float scale) {
@@ -167,7 +207,8 @@ KERNEL(THREADS, 2) attention_decode(const Words4* query, const Words4* keys, con
     Share share = {(int)blockIdx.y * share_keys, smaller(length, (int)(blockIdx.y + 1) * share_keys)};
     if (share.begin >= length) return;
 
-    Cache cache = {keys, values, tables + (long)sequence * table_width, block_bits, kv_heads, kv_head};
+    Cache cache = {keys, values, key_scales, value_scales, tables + (long)sequence * table_width, block_bits, kv_heads,
+                   kv_head};
     Query rows;
     load_query(rows, query + token * query_stride + (long)kv_head * group * (HEAD_DIM / 8), group);
     Answer answer;

@@ -6,7 +6,9 @@
 #include "attention.cuh"
 
 constexpr int WARPS = 4, THREADS = 32 * WARPS, KEYS = 64, VECTORS = HEAD_DIM / 8;
-constexpr int KEY_BYTES = 2 * HEAD_DIM + 64, VALUE_BYTES = 2 * HEAD_DIM + 16, STAGE_BYTES = KEYS * (KEY_BYTES + VALUE_BYTES);
+constexpr int VECTOR_BYTES = sizeof(Vector), ROW_BYTES = VECTORS * VECTOR_BYTES, CHUNKS = ROW_BYTES / 16;
+constexpr int KEY_BYTES = ROW_BYTES + 4 * VECTOR_BYTES, VALUE_BYTES = ROW_BYTES + 16;
+constexpr int SCALES_AT = KEYS * (KEY_BYTES + VALUE_BYTES), STAGE_BYTES = SCALES_AT + KEYS * 8;
 
 struct Place {
     int sequence, first;  // the tile's first token, from the sequence's first new one
@@ -31,13 +33,25 @@ DEVICE void load_query(Words4 (&row)[STEPS], const Words4* from, bool is_real) {
     }
 }
 
+DEVICE Words4 load_vector(u32 address) { return FORMAT ? expand(load_shared8(address)) : load_shared16(address); }
+
+DEVICE void load_scales(float (&scales)[4], u32 from) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        scales[i] = bits_float(load_shared4(from + 4 * (2 * (threadIdx.x % 4) + i % 2 + i / 2 * 8)));
+}
+
 // Keys and values of positions first .. first + 63 on their way to shared memory; past the end the last one again.
 DEVICE void fetch(u32 stage, const Cache& cache, int first, int length) {
-    int vector = threadIdx.x % VECTORS;
-    for (int key = threadIdx.x / VECTORS; key < KEYS; key += THREADS / VECTORS) {
-        long row = cache.row(smaller(first + key, length - 1)) + vector;
-        copy16(stage + key * KEY_BYTES + vector * 16, cache.keys + row);
-        copy16(stage + KEYS * KEY_BYTES + key * VALUE_BYTES + vector * 16, cache.values + row);
+    int chunk = threadIdx.x % CHUNKS;
+    for (int key = threadIdx.x / CHUNKS; key < KEYS; key += THREADS / CHUNKS) {
+        long row = cache.row(smaller(first + key, length - 1)) + chunk * (16 / VECTOR_BYTES);
+        copy16(stage + key * KEY_BYTES + chunk * 16, cache.keys + row);
+        copy16(stage + KEYS * KEY_BYTES + key * VALUE_BYTES + chunk * 16, cache.values + row);
+    }
+    if constexpr (IS_SCALED) {
+        long at = cache.scale(smaller(first + (int)threadIdx.x % KEYS, length - 1));
+        copy4(stage + SCALES_AT + threadIdx.x * 4, (threadIdx.x < KEYS ? cache.key_scales : cache.value_scales) + at);
     }
 }
 
@@ -48,14 +62,25 @@ DEVICE void attend(Answer& answer, const Query& query, u32 stage, const int (&la
     for (int n = 0; n < KEYS / 8; ++n) {
         Words4 key[STEPS];
 #pragma unroll
-        for (int c = 0; c < STEPS; ++c) key[c] = load_shared16(stage + (8 * n + g) * KEY_BYTES + c * 64 + t * 16);
+        for (int c = 0; c < STEPS; ++c) key[c] = load_vector(stage + (8 * n + g) * KEY_BYTES + (4 * c + t) * VECTOR_BYTES);
         score(scores[n], query, key);
+    }
+    if constexpr (IS_SCALED) {
+#pragma unroll
+        for (int n = 0; n < KEYS / 8; n += 2) {
+            float scales[4];
+            load_scales(scales, stage + SCALES_AT + 32 * n);
+            apply_scales(scores[n], scores[n + 1], scales);
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < KEYS / 8; ++n) {
 #pragma unroll
         for (int i = 0; i < 4; ++i)
             if (first + 8 * n + 2 * t + i % 2 > last[i / 2]) scores[n][i] = NEVER;
     }
     soften(scores, answer, scale);
-    u32 values_at = stage + KEYS * KEY_BYTES + 2 * t * VALUE_BYTES + g * 16;
+    u32 values_at = stage + KEYS * KEY_BYTES + 2 * t * VALUE_BYTES + g * VECTOR_BYTES;
 #pragma unroll
     for (int n = 0; n < KEYS / 16; ++n) {
         Values values;
@@ -63,7 +88,12 @@ DEVICE void attend(Answer& answer, const Query& query, u32 stage, const int (&la
         for (int i = 0; i < 4; ++i)
 #pragma unroll
             for (int h = 0; h < HALVES; ++h)
-                values.of[i][h] = load_shared16(values_at + (16 * n + i % 2 + i / 2 * 8) * VALUE_BYTES + h * 128);
+                values.of[i][h] = load_vector(values_at + (16 * n + i % 2 + i / 2 * 8) * VALUE_BYTES + h * 8 * VECTOR_BYTES);
+        if constexpr (IS_SCALED) {
+            float scales[4];
+            load_scales(scales, stage + SCALES_AT + (KEYS + 16 * n) * 4);
+            apply_scales(scores[2 * n], scores[2 * n + 1], scales);
+        }
         multiply(answer, scores[2 * n], scores[2 * n + 1], values);
     }
 }
@@ -85,7 +115,8 @@ DEVICE void write(Words4* row, const Answer& answer, int high) {
     }
 }
 
-KERNEL(THREADS, 2) attention_prefill(const Words4* query, const Words4* keys, const Words4* values, const int* tables,
+KERNEL(THREADS, 2) attention_prefill(const Words4* query, const Vector* keys, const Vector* values,
+                                     const float* key_scales, const float* value_scales, const int* tables,
                                      const int* starts, const int* context_lens, Words4* out, int sequences,
                                      int tile_tokens, int tiles, int heads, int kv_heads, int query_stride,
                                      int block_bits, int table_width, float scale) {
@@ -110,7 +141,8 @@ KERNEL(THREADS, 2) attention_prefill(const Words4* query, const Words4* keys, co
         results[i] = is_real ? out + ((long)(start + token) * heads + head) * VECTORS : nullptr;
         last[i] = length - num_queries + smaller(token, num_queries - 1);
     }
-    Cache cache = {keys, values, tables + (long)place.sequence * table_width, block_bits, kv_heads, kv_head};
+    Cache cache = {keys, values, key_scales, value_scales, tables + (long)place.sequence * table_width, block_bits,
+                   kv_heads, kv_head};
     int end = length - num_queries + smaller(place.first + tile_tokens, num_queries);
     u32 ring = shared_address(shared);
     Answer answer;

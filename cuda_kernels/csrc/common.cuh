@@ -84,6 +84,9 @@ DEVICE float half_float(u16 x) {
 struct __align__(16) Words4 {
     u32 x, y, z, w;
 };
+struct __align__(8) Words2 {
+    u32 x, y;
+};
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 DEVICE const u8* shared_bytes(u32 address) { return (const u8*)__cvta_shared_to_generic(address); }
 DEVICE Words4 load_shared16(u32 address) {
@@ -92,6 +95,11 @@ DEVICE Words4 load_shared16(u32 address) {
                  : "=r"(d.x), "=r"(d.y), "=r"(d.z), "=r"(d.w)
                  : "r"(address)
                  : "memory");
+    return d;
+}
+DEVICE Words2 load_shared8(u32 address) {
+    Words2 d;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(d.x), "=r"(d.y) : "r"(address) : "memory");
     return d;
 }
 DEVICE u32 load_shared4(u32 address) {
@@ -121,6 +129,12 @@ DEVICE Words4 load_once16(const void* global) {
     asm("ld.global.nc.L1::no_allocate.L2::256B.v4.u32 {%0, %1, %2, %3}, [%4];"
         : "=r"(d.x), "=r"(d.y), "=r"(d.z), "=r"(d.w)
         : "l"(global));
+    return d;
+}
+
+DEVICE Words2 load_once8(const void* global) {
+    Words2 d;
+    asm("ld.global.nc.L1::no_allocate.L2::256B.v2.u32 {%0, %1}, [%2];" : "=r"(d.x), "=r"(d.y) : "l"(global));
     return d;
 }
 

@@ -16,7 +16,14 @@ from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.errors import EngineArgsError
 from gpu_worker.engine.gpu_kernels import build_kernels
 from gpu_worker.engine.grammars import Grammars
-from gpu_worker.engine.memory import GIB, cpu_cache_bytes, cuda_cache_bytes, kv_block_bytes, plan_cache
+from gpu_worker.engine.memory import (
+    GIB,
+    choose_cache_dtype,
+    cpu_cache_bytes,
+    cuda_cache_bytes,
+    kv_block_bytes,
+    plan_cache,
+)
 from gpu_worker.engine.phases import Phases
 from gpu_worker.engine.preflight import check_weights_fit
 from gpu_worker.engine.profiling import measure_activation_bytes
@@ -47,6 +54,7 @@ class EngineArgs:
     block_size: int = 64
     num_kv_blocks: int | None = None
     kv_cache_memory_gib: float | None = None
+    kv_cache_dtype: str = "auto"
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
@@ -101,16 +109,17 @@ def build_engine(
     phases = Phases()
     choice = choose_device(args.device)
     dtype = choose_dtype(args.dtype, choice.device)
+    cache_dtype = choose_cache_dtype(args.kv_cache_dtype, dtype, choice.device)
     model_config = read_model_config(args.model)
     check_weights_fit(model_config, choice, args.gpu_memory_utilization)
     phases.end("preflight")
     model = _load(args, model_config, choice.device, dtype, progress)
     phases.end("weights")
-    build_kernels(model, choice.device)
+    build_kernels(model, choice.device, cache_dtype)
     phases.end("kernels")
     if args.count_expert_tokens:
         model = with_expert_counts(model)
-    config = _plan(args, model_config, choice.device, dtype, model)
+    config = _plan(args, choice.device, dtype, cache_dtype, model)
     kv_cache = _kv_cache(config)
     phases.end("KV cache")
     grammars = make_grammars(model_config) if make_grammars else None
@@ -151,14 +160,15 @@ def _kv_cache(config: EngineConfig) -> KVCache:
 
 
 def _plan(
-    args: EngineArgs, model_config: ModelConfig, device: torch.device, dtype: torch.dtype, model: Decoder
+    args: EngineArgs, device: torch.device, dtype: torch.dtype, cache_dtype: torch.dtype, model: Decoder
 ) -> EngineConfig:
+    model_config = model.config
     config_len = model_config.max_position_embeddings
-    block_bytes = kv_block_bytes(model_config, args.block_size, dtype)
+    block_bytes = kv_block_bytes(model_config, args.block_size, cache_dtype)
     wanted_len = args.max_model_len or config_len
     config = EngineConfig(
         model=model_config,
-        cache=CacheConfig(args.block_size, 0, args.enable_prefix_caching, dtype),
+        cache=CacheConfig(args.block_size, 0, args.enable_prefix_caching, cache_dtype),
         scheduler=SchedulerConfig(
             max_num_seqs=args.max_num_seqs,
             max_num_batched_tokens=args.max_num_batched_tokens,
@@ -221,7 +231,7 @@ def _describe(
     args: EngineArgs, config: EngineConfig, choice: DeviceChoice, model: Decoder, kv_cache: KVCache
 ) -> Iterator[str]:
     shape, cache, limits = config.model, config.cache, config.scheduler
-    dtype = str(config.dtype).removeprefix("torch.")
+    dtype = _name(config.dtype)
     stored, held = sum(model.memory.stored_bytes.values()), sum(model.memory.device_bytes.values())
     yield f"device: {choice.device} ({choice.reason}), {dtype}"
     yield (
@@ -233,7 +243,7 @@ def _describe(
     yield f"weights: {_mib(stored)} stored, {_mib(held)} held: {kinds}"
     yield (
         f"KV cache: {cache.num_blocks} blocks of {cache.block_size} tokens, "
-        f"{cache.num_blocks * cache.block_size} in all, {_mib(kv_cache.size_bytes)}"
+        f"{cache.num_blocks * cache.block_size} in all, {_mib(kv_cache.size_bytes)} of {_name(cache.dtype)}"
     )
     yield (
         f"limits: context {limits.max_model_len} tokens, {limits.max_num_seqs} sequences and "
@@ -243,6 +253,10 @@ def _describe(
         yield "CUDA graphs: not on the CPU"
     if limits.max_num_batched_tokens != args.max_num_batched_tokens:
         yield f"max_num_batched_tokens: raised from {args.max_num_batched_tokens}, for the longest prompt"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _mib(num_bytes: int) -> str:

@@ -13,11 +13,14 @@ from pathlib import Path
 
 import torch
 
+from cuda_kernels.cache_format import has_levels
 from gpu_worker.config import ModelConfig
+from gpu_worker.engine.devices import DTYPES
 from gpu_worker.engine.errors import EngineArgsError
 from gpu_worker.layers.kv_cache import KVCache
 
 GIB = 2**30
+CACHE_DTYPES = DTYPES | {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 _CPU_SHARE = 0.25
 _CPU_TOKENS_PER_SEQUENCE = 1024
@@ -29,6 +32,21 @@ class CachePlan:
 
     num_blocks: int
     max_model_len: int
+
+
+def choose_cache_dtype(wanted: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What the KV cache holds; `wanted` is auto (as `dtype`, the activations'), or a name of CACHE_DTYPES."""
+    if wanted == "auto":
+        return dtype
+    if wanted not in CACHE_DTYPES:
+        choices = " or ".join(("auto", *CACHE_DTYPES))
+        raise EngineArgsError("kv_cache_dtype", f"must be {choices}, got {wanted!r}")
+    chosen = CACHE_DTYPES[wanted]
+    fits_kernels = chosen == dtype or (dtype == torch.bfloat16 and has_levels(chosen))
+    if device.type == "cuda" and not fits_kernels:
+        name = str(dtype).removeprefix("torch.")
+        raise EngineArgsError("kv_cache_dtype", f"{wanted} cannot be had on a GPU with dtype {name}")
+    return chosen
 
 
 def kv_block_bytes(model: ModelConfig, block_size: int, dtype: torch.dtype) -> int:

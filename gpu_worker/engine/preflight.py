@@ -30,6 +30,7 @@ class Footprint:
     """Bytes of weights by (kind, format), and of the KV cache by token."""
 
     weights: Counter[tuple[str, str]]
+    cache_dtype: torch.dtype
     token_bytes: int
     max_position_embeddings: int
 
@@ -53,8 +54,10 @@ class Footprint:
             yield f"{kind:<15} {name:<15} {size / 1e9:9.2f} GB {size / GIB:9.2f} GiB"
         yield f"{'weights':<31} {self.weight_bytes / 1e9:9.2f} GB {self.weight_bytes / GIB:9.2f} GiB"
         context = self.token_bytes * self.max_position_embeddings
-        yield f"{'KV cache':<15} {self.token_bytes / 1024:.4g} KiB a token, {context / GIB:.2f} GiB for " + (
-            f"{self.max_position_embeddings} tokens"
+        name = str(self.cache_dtype).removeprefix("torch.")
+        yield (
+            f"{'KV cache':<15} {name:<15} {self.token_bytes / 1024:.4g} KiB a token, "
+            f"{context / GIB:.2f} GiB for {self.max_position_embeddings} tokens"
         )
 
 
@@ -63,7 +66,7 @@ def footprint(config: ModelConfig, cache_dtype: torch.dtype = torch.bfloat16) ->
     for weight in plan_dummy(config).weights():
         weights[weight.kind, weight.format] += weight.stored_bytes
     token_bytes = kv_block_bytes(config, 1, cache_dtype)
-    return Footprint(weights, token_bytes, config.max_position_embeddings)
+    return Footprint(weights, cache_dtype, token_bytes, config.max_position_embeddings)
 
 
 def fits(found: Footprint, utilization: float = 0.9) -> Iterator[str]:

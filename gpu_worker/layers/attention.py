@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from cuda_kernels.cache_format import CacheScales
 from cuda_kernels.kv_store import kv_store
 from cuda_kernels.paged_attention import paged_attention
 from cuda_kernels.rope import rope
@@ -37,10 +38,11 @@ class Attention:
         batch: Batch,
         key_cache_BPGC: torch.Tensor,
         value_cache_BPGC: torch.Tensor,
+        scales: CacheScales | None = None,
     ) -> torch.Tensor:
         query_THC, key_TGC, value_TGC = self._project(hidden_TD)
         query_THC, key_TGC = rope(query_THC, key_TGC, batch.positions_T, self.cos_sin_PC)
-        kv_store(key_TGC, value_TGC, key_cache_BPGC, value_cache_BPGC, batch.slot_mapping_T)
+        kv_store(key_TGC, value_TGC, key_cache_BPGC, value_cache_BPGC, batch.slot_mapping_T, scales)
         attended_THC = paged_attention(
             query_THC,
             key_cache_BPGC,
@@ -51,6 +53,7 @@ class Attention:
             batch.max_query_len,
             self.head_dim**-0.5,
             batch.attention_plan,
+            scales,
         )
         return self.o_proj(attended_THC.flatten(1))
 

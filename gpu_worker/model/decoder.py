@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from cuda_kernels.cache_format import CacheScales
 from cuda_kernels.paged_attention import is_compiled, plan_attention
 from gpu_worker.config import ModelConfig
 from gpu_worker.layers.attention import Attention
@@ -38,10 +39,11 @@ class DecoderLayer:
         residual_TD: torch.Tensor | None,
         batch: Batch,
         kv: tuple[torch.Tensor, torch.Tensor],
+        scales: CacheScales | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(hidden, residual): the sum of both is the layer's output; the next norm adds them."""
         normed_TD, residual_TD = self.input_norm(hidden_TD, residual_TD)
-        attended_TD = self.ranks.sum(self.attention(normed_TD, batch, *kv))
+        attended_TD = self.ranks.sum(self.attention(normed_TD, batch, *kv, scales))
         normed_TD, residual_TD = self.post_attention_norm(attended_TD, residual_TD)
         return self.ranks.sum(self.mlp(normed_TD)), residual_TD
 
@@ -79,8 +81,8 @@ class Decoder:
         batch = self._with_attention_plan(batch, kv_cache.block_size)
         hidden_TD = self.embedding(batch.input_ids_T).to(self.dtype)
         residual_TD: torch.Tensor | None = None
-        for layer, kv in zip(self.layers, kv_cache.layers, strict=True):
-            hidden_TD, residual_TD = layer(hidden_TD, residual_TD, batch, kv)
+        for layer, kv, scales in zip(self.layers, kv_cache.layers, kv_cache.scales, strict=True):
+            hidden_TD, residual_TD = layer(hidden_TD, residual_TD, batch, kv, scales)
         normed_TD, _ = self.final_norm(hidden_TD, residual_TD)
         return normed_TD
 

@@ -33,6 +33,15 @@ def test_kernels_agree_with_softmax_attention(
     check(launch(emulator, step), step)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize(("heads", "head_dim"), [((9, 3), 64), ((16, 2), 128)])
+def test_caches_of_levels(
+    dtype: torch.dtype, heads: tuple[int, int], head_dim: int, emulator: Emulator
+) -> None:
+    step = case(((30, 100), (1, 5), (1, 300), (2, 2)), heads, head_dim, 32, dtype=dtype)
+    check(launch(emulator, step), step)
+
+
 @settings(max_examples=10, deadline=None)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 150)), min_size=1, max_size=4),
@@ -57,7 +66,7 @@ def test_shares_meet_in_one_order(emulator_folder: object, emulator: Emulator) -
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_torch_form_for_other_shapes(dtype: torch.dtype) -> None:
-    of = case(((30, 100), (1, 5), (2, 2)), (6, 2), head_dim=24, block_size=4)
+    of = case(((30, 100), (1, 5), (2, 2)), (6, 2), head_dim=24, block_size=4, past=3e4)
     step = op.Step(of.step.key_cache_BPGC.to(dtype), of.step.value_cache_BPGC.to(dtype), *_rest(of.step))
     assert not op.has_kernel(of.query.to(dtype), step)
     check(op.attention_by_token(of.query.to(dtype), step, of.scale), of)

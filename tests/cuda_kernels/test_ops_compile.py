@@ -4,12 +4,14 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import pytest
+import torch
 
 from cuda_kernels import attention_kernels, tiled_linear
 from cuda_kernels.build import Cubin, Variant, compile_cubin
 from cuda_kernels.routing import route_variant
 from cuda_kernels.tiled import Bits
 
+FORMATS = (torch.bfloat16, torch.int8, torch.float8_e4m3fn)
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100a")
 REGISTERS = 65536
 # Threads of a block, and blocks a multiprocessor holds at once, as the launch bounds say.
@@ -17,6 +19,8 @@ THREADS = {
     "rms_norm": 1024,
     "rope": 256,
     "kv_store": 256,
+    "kv_store_int8": 256,
+    "kv_store_fp8": 256,
     "route": 128,
     "router": 256,
     "untile": 256,
@@ -32,7 +36,11 @@ def is_tested(variant: Variant) -> bool:
 
 def variants() -> list[Variant]:
     small = [Variant(stem) for stem in ("norm", "rope", "kv_store")] + [route_variant(n) for n in (64, 512)]
-    attention = [v for head_dim in attention_kernels.HEAD_DIMS for v in attention_kernels.variants(head_dim)]
+    attention = [
+        v
+        for head_dim, dtype in ((64, FORMATS[0]), *product((128,), FORMATS))
+        for v in attention_kernels.variants(head_dim, dtype)
+    ]
     widths: tuple[Bits, ...] = (4, 8, 16)
     return small + attention + [v for bits in widths for v in tiled_linear.variants(bits) if is_tested(v)]
 

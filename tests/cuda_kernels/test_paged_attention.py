@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cuda_kernels import paged_attention as op
+from cuda_kernels.cache_format import gather_blocks
 from cuda_kernels.paged_attention import paged_attention
+from tests.cuda_kernels.attention_cases import store
 
 
 class Cache:
@@ -26,6 +28,7 @@ class Cache:
         self.keys, self.values = torch.randn(shape), torch.randn(shape)
         self.queries = [torch.randn(length, self.num_heads, head_dim) for length in context_lens]
         self.context_lens = context_lens
+        self.scales = None
 
     def attend(self, parts):
         """parts: (sequence, first position, last position + 1) of each sequence in the step."""
@@ -40,6 +43,7 @@ class Cache:
             torch.tensor([b for _, _, b in parts], dtype=torch.int32),
             max(lens),
             self.scale,
+            scales=self.scales,
         )
         return out.split(lens)
 
@@ -65,6 +69,27 @@ def test_matches_softmax_attention(heads, block_size):
     cache = Cache([1, 7, 8, 70, 131], heads, block_size=block_size)
     for s, out in enumerate(cache.whole()):
         torch.testing.assert_close(out.double(), cache.reference(s), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("is_compiled", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.bfloat16, 5e-3), (torch.int8, 0.015), (torch.float8_e4m3fn, 0.06)]
+)
+def test_narrow_caches_attend_nearly_as_float32(dtype, bound, is_compiled, monkeypatch):
+    """Of normal keys and values; and to what the cache holds exactly."""
+    if not is_compiled:
+        monkeypatch.setattr(op, "cpu", None)
+    cache = Cache([1, 8, 131], (6, 2), head_dim=64)
+    exact = torch.cat(cache.whole())
+    (cache.keys, cache.values), cache.scales = store([cache.keys, cache.values], dtype)
+    out = torch.cat(cache.whole())
+    assert 0 < (out - exact).norm() / exact.norm() < bound
+    held = zip((cache.keys, cache.values), cache.scales or (None, None), strict=True)
+    cache.keys, cache.values = (
+        gather_blocks(*kv, torch.arange(len(cache.keys))).transpose(1, 2).contiguous() for kv in held
+    )
+    cache.scales = None
+    torch.testing.assert_close(torch.cat(cache.whole()), out, atol=1e-5, rtol=1e-5)
 
 
 @settings(deadline=None, max_examples=40)

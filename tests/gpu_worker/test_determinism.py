@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -37,17 +38,17 @@ def decoders(tmp_path_factory):
     }
 
 
-def make_engine(decoder, *, num_blocks=1024, budget=4096, caching=True, chunked=True):
+def make_engine(decoder, *, num_blocks=1024, budget=4096, caching=True, chunked=True, dtype=torch.float32):
     config = EngineConfig(
         decoder.config,
-        CacheConfig(BLOCK_SIZE, num_blocks, caching),
+        CacheConfig(BLOCK_SIZE, num_blocks, caching, dtype),
         SchedulerConfig(64, budget, 128, chunked),
         torch.device("cpu"),
         torch.float32,
     )
     shape = decoder.config
     sizes = (shape.num_hidden_layers, num_blocks, BLOCK_SIZE, shape.num_key_value_heads, shape.head_dim)
-    return Engine(config, decoder, KVCache(*sizes, torch.float32, torch.device("cpu")))
+    return Engine(config, decoder, KVCache(*sizes, dtype, torch.device("cpu")))
 
 
 def targets():
@@ -64,12 +65,17 @@ def others():
 
 def complete(engine, requests):
     """{request id: (token ids, log-probabilities)}"""
+    return {name: what for (name, _), what in complete_each(engine, requests).items()}
+
+
+def complete_each(engine, requests):
+    """{(request id, index): (token ids, log-probabilities)}"""
     given = {}
     for name, (prompt, params) in requests.items():
         engine.add(Request(name, prompt, params))
     while engine.has_work:
         for output in engine.step():
-            token_ids, logprobs = given.setdefault(output.request_id, ([], []))
+            token_ids, logprobs = given.setdefault((output.request_id, output.index), ([], []))
             token_ids += output.token_ids
             logprobs += [one.sampled.logprob for one in output.logprobs or ()]
     engine.check_integrity()
@@ -114,3 +120,21 @@ def test_a_seed_gives_one_text_in_any_company(decoders):
     single = complete(make_engine(decoders["float"]), {"r": (PREFIX, params)})["r"]
     company = {f"other {i}": request for i, request in enumerate(others())} | {"r": (PREFIX, params)}
     assert complete(make_engine(decoders["float"], num_blocks=64, budget=96), company)["r"] == single
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_a_narrow_cache_shares_preempts_and_copies_as_float32_does(decoders, dtype):
+    """Bit for bit; `n` = 2 copies the prompt's last block."""
+    decoder, pair = decoders["float"], dataclasses.replace(GREEDY, n=2)
+    single = [
+        complete(make_engine(decoder, caching=False, dtype=dtype), {"r": (prompt, GREEDY)})["r"]
+        for prompt in targets()
+    ]
+    requests = {f"other {i}": request for i, request in enumerate(islice(others(), 16))}
+    requests |= {str(i): (prompt, pair) for i, prompt in enumerate(targets())}
+    engine = make_engine(decoder, num_blocks=32, budget=96, dtype=dtype)
+    given = complete_each(engine, requests)
+    assert [given[str(i), n] for i in range(len(targets())) for n in (0, 1)] == [
+        one for one in single for _ in (0, 1)
+    ]
+    assert engine.stats().num_preemptions_total > 0 < engine.stats().num_prefix_hit_tokens_total

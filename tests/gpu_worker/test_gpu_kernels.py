@@ -31,7 +31,7 @@ def streamed(path: Path) -> Decoder:
 
 
 def test_kernels_follow_the_weights_formats(tmp_path: Path) -> None:
-    wanted = set(kernels_of(streamed(make_tiny_model(tmp_path / "q", quantized=True))))
+    wanted = set(kernels_of(streamed(make_tiny_model(tmp_path / "q", quantized=True)), torch.bfloat16))
     stems = {variant.stem for variant in wanted}
     assert {"norm", "rope", "kv_store", "route", "routing", "moe_wint2", "tiled_linear"} <= stems
     assert {dict(v.defines)["BITS"] for v in wanted if v.stem == "tiled_linear"} == {4}
@@ -40,4 +40,5 @@ def test_kernels_follow_the_weights_formats(tmp_path: Path) -> None:
 
 
 def test_a_cpu_needs_none(tmp_path: Path) -> None:
-    build_kernels(streamed(make_tiny_model(tmp_path / "q", quantized=True)), torch.device("cpu"))
+    model = streamed(make_tiny_model(tmp_path / "q", quantized=True))
+    build_kernels(model, torch.device("cpu"), torch.bfloat16)

@@ -30,6 +30,13 @@ def test_doctor_prints_the_memory_table_of_a_config(ernie_300b, capsys):
     assert "smallest GPU: 100 GiB" in text
 
 
+@pytest.mark.parametrize("name", ["int8", "fp8"])
+def test_a_cache_of_levels_takes_half_and_the_scales(ernie_300b, name, capsys):
+    main(["doctor", "--config", str(ernie_300b), "--kv-cache-dtype", name])
+    # 54 layers of 8 heads, keys and values: 128 bytes and a scale of 4
+    assert f"{54 * 8 * 2 * (128 + 4) / 1024:.4g} KiB a token, 13.92 GiB" in capsys.readouterr().out
+
+
 def test_doctor_names_what_is_wrong_with_a_config(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         main(["doctor", "--config", str(tmp_path)])

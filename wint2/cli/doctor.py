@@ -29,6 +29,9 @@ SERVICES = {
 ConfigOption = Annotated[
     Path | None, typer.Option(help="directory with a config.json: what such a model takes, and where it fits")
 ]
+CacheDtypeOption = Annotated[
+    Literal["float32", "bfloat16", "int8", "fp8"], typer.Option(help="numbers of --config's KV cache")
+]
 ModelOption = Annotated[Path | None, typer.Option(help="checkpoint to look at as well")]
 
 
@@ -41,11 +44,13 @@ class Finding:
     text: str
 
 
-def doctor(model: ModelOption = None, config: ConfigOption = None) -> None:
+def doctor(
+    model: ModelOption = None, config: ConfigOption = None, kv_cache_dtype: CacheDtypeOption = "bfloat16"
+) -> None:
     """Look at this machine, and at a checkpoint, and say what would go wrong (exit code 1)."""
     if config is not None:
         # Imported when asked for: it needs torch, of which doctor may have to say that it is missing.
-        importlib.import_module("wint2.cli.sizes").show(config)
+        importlib.import_module("wint2.cli.sizes").show(config, kv_cache_dtype)
         return
     findings = [*_machine(), *_packages(), *_gpu(), *(_model(model) if model is not None else ())]
     for finding in findings:

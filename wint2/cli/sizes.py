@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from gpu_worker.engine.build import describe_quantization
+from gpu_worker.engine.memory import CACHE_DTYPES
 from gpu_worker.engine.preflight import fits, footprint
 from gpu_worker.model.config_reader import read_model_config
 from gpu_worker.model.errors import ConfigError
 from wint2.errors import CommandError
 
 
-def show(folder: Path) -> None:
+def show(folder: Path, kv_cache_dtype: str) -> None:
     """Prints the tables. CommandError says what is wrong with the config."""
     try:
         config = read_model_config(folder)
@@ -20,5 +21,5 @@ def show(folder: Path) -> None:
     quantization = describe_quantization(config.quantization, config.num_hidden_layers)
     print(f"{config.model_type}, {config.num_hidden_layers} layers, {config.num_experts} experts")
     print(f"quantization: {quantization}")
-    found = footprint(config)
+    found = footprint(config, CACHE_DTYPES[kv_cache_dtype])
     print(*found.lines(), *fits(found), sep="\n")

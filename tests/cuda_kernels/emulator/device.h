@@ -261,11 +261,16 @@ DEVICE void queue_copy(void* to, const void* from, int bytes) {
 struct alignas(16) Words4 {
     u32 x, y, z, w;
 };
+struct alignas(8) Words2 {
+    u32 x, y;
+};
 DEVICE u32 shared_address(const void* p) { return (u32)((u8*)p - emulator::cta.shared); }
 DEVICE Words4 load_once16(const void* global) { return *(const Words4*)global; }
+DEVICE Words2 load_once8(const void* global) { return *(const Words2*)global; }
 DEVICE u8* shared_pointer(u32 address) { return emulator::cta.shared + address; }
 DEVICE const u8* shared_bytes(u32 address) { return emulator::cta.shared + address; }
 DEVICE Words4 load_shared16(u32 address) { return *(const Words4*)shared_pointer(address); }
+DEVICE Words2 load_shared8(u32 address) { return *(const Words2*)shared_pointer(address); }
 DEVICE u32 load_shared4(u32 address) { return *(const u32*)shared_pointer(address); }
 template <int kOffset = 0>
 DEVICE void copy16(u32 shared, const void* global) {
