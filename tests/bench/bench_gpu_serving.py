@@ -15,11 +15,16 @@ import json
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gpu_worker.engine.build import BuiltEngine, EngineArgs, build_engine
+import torch
+
+from gpu_worker.engine.build import EngineArgs, build_engine
+from gpu_worker.engine.engine import Engine
+from gpu_worker.engine.memory import GIB
 from gpu_worker.engine.sequence import Request
+from gpu_worker.model.decoder import Decoder
 from gpu_worker.sampling_params import SamplingParams
 from tests.bench.gpu_shapes import SHAPES, config
 from tests.bench.gpu_timeline import Timeline, record
@@ -34,9 +39,15 @@ MAX_LEN = 8192 + 256
 class Built:
     """A model of the shape with `num_layers` of its layers."""
 
-    engine: BuiltEngine
+    engine: Engine
     num_layers: int
     load_seconds: float
+    description: tuple[str, ...]
+    model: Decoder
+
+    def without_graphs(self) -> Built:
+        """The same weights and KV cache under an engine that launches kernel by kernel."""
+        return replace(self, engine=Engine(self.engine.config, self.model, self.engine._kv_cache))
 
 
 def build(shape: str, num_layers: int, max_num_seqs: int, use_cudagraph: bool, device: str) -> Built:
@@ -54,24 +65,25 @@ def build(shape: str, num_layers: int, max_num_seqs: int, use_cudagraph: bool, d
             enable_prefix_caching=False,
         )
         built = build_engine(args)
-    return Built(built, num_layers, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    return Built(built.engine, num_layers, seconds, built.description, built.model)
 
 
 def add_requests(built: Built, count: int, prompt_len: int, max_tokens: int) -> None:
     params = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
     for index in range(count):
         prompt = [3 + (7 * index + i) % 1000 for i in range(prompt_len)]
-        built.engine.engine.add(Request(f"{prompt_len}-{index}", prompt, params))
+        built.engine.add(Request(f"{prompt_len}-{index}", prompt, params))
 
 
 def drain(built: Built) -> None:
-    while built.engine.engine.has_work:
-        built.engine.engine.step()
+    while built.engine.has_work:
+        built.engine.step()
 
 
 def decode_seconds(built: Built, count: int) -> float:
     """The median step of that many decoding sequences, host work included."""
-    engine = built.engine.engine
+    engine = built.engine
     add_requests(built, count, DECODE_PROMPT, WARM_UP_STEPS + DECODE_STEPS + 40)
     while engine.stats().num_running < count or engine.stats().num_pending_prefill_tokens:
         engine.step()
@@ -96,7 +108,7 @@ def first_token_seconds(built: Built, prompt_len: int) -> float:
 
 def print_decode(built: Built, count: int, clock_seconds: float, num_steps: int = 8) -> None:
     """What a decode step of that many sequences is made of."""
-    engine = built.engine.engine
+    engine = built.engine
     add_requests(built, count, DECODE_PROMPT, num_steps + WARM_UP_STEPS + count + 8)
     while engine.stats().num_running < count or engine.stats().num_pending_prefill_tokens:
         engine.step()
@@ -157,19 +169,33 @@ def print_figures(figures: Figures, fewer: Figures | None, num_layers: int) -> N
         print(flush=True)
 
 
+def print_without_graphs(built: Built, max_num_seqs: int) -> None:
+    print("  without CUDA graphs:")
+    for count in sorted({1, min(64, max_num_seqs)}):
+        seconds = decode_seconds(built, count)
+        print(f"  {count:4d} sequences {seconds * 1e3:9.2f} ms a step {count / seconds:9.1f} tokens/s")
+    print(
+        f"  first token of {PROMPTS[0]:5d} {first_token_seconds(built, PROMPTS[0]) * 1e3:9.1f} ms", flush=True
+    )
+
+
 def report(args: argparse.Namespace, num_layers: int, use_cudagraph: bool, fewer: Figures | None) -> Figures:
     """Builds, measures and prints one model."""
     built = build(args.shape, num_layers, args.max_num_seqs, use_cudagraph, args.device)
     print(f"{args.shape}, {num_layers} layers, CUDA graphs {'on' if use_cudagraph else 'off'},", end=" ")
     print(f"built in {built.load_seconds:.1f} s")
-    for line in built.engine.description:
+    for line in built.description:
         print(f"  {line}")
     figures = measure(built, args.max_num_seqs)
     print_figures(figures, fewer, SHAPES[args.shape]["num_hidden_layers"])
     if args.device == "cuda":
+        free, total = (size / GIB for size in torch.cuda.mem_get_info())
+        print(f"  GPU memory in use: {total - free:.1f} of {total:.1f} GiB")
         for count in sorted({1, min(64, args.max_num_seqs)}):
             print_decode(built, count, figures.steps[count])
         print_prompt(built, PROMPTS[0], figures.firsts[PROMPTS[0]])
+        if use_cudagraph:
+            print_without_graphs(built.without_graphs(), args.max_num_seqs)
     return figures
 
 
