@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 TILE = 16  # channels of one tensor-core tile
 STEP = 128  # of K; two 64-groups
 FRACTION_BITS, SHORT_FRACTION_BITS = 17, 9
-_SEARCHED = 64  # multipliers tried on either side of the rounded one
+_SEARCHED = 64  # multipliers tried at most on either side of the rounded one
 
 
 class Arithmetic(IntEnum):
@@ -154,13 +154,15 @@ def integer_constants(
     """A, B (i64 [N]) with (b·A + B) >> fraction_bits = code b for all 256 bytes b; and where there are such.
 
     For a multiplier A the allowed B are an interval, the intersection of one a byte; multipliers near
-    code_scale·2^fraction_bits are tried until the interval is not empty.
+    code_scale·2^fraction_bits are tried until the interval is not empty. Two lines with the same floors at 0
+    and 255 differ by less than 2 between these ends, which bounds the distance.
     """
+    searched = min(_SEARCHED, 2 ** (fraction_bits + 1) // (ccq.NUM_CODES - 1) + 2)
     byte = torch.arange(ccq.NUM_CODES, dtype=torch.float32, device=code_scale.device).unsqueeze(1)
     codes = _float_codes(byte, code_scale, code_zp + 0.5)  # not yet modulo 2^15
     nearest = (code_scale.double() * 2**fraction_bits).round().long()
     a, b, found = nearest.clone(), torch.zeros_like(nearest), torch.zeros_like(nearest, dtype=torch.bool)
-    for distance in sorted(range(-_SEARCHED, _SEARCHED + 1), key=abs):
+    for distance in sorted(range(-searched, searched + 1), key=abs):
         open_channels = (~found).nonzero().squeeze(1)
         if open_channels.numel() == 0:
             break

@@ -65,6 +65,18 @@ def test_searched_integers_are_exact_for_nearly_all_channels() -> None:
     assert found.double().mean() > 0.999
 
 
+def test_no_short_multiplier_is_missed_by_searching_near_the_scale_only() -> None:
+    torch.manual_seed(0)
+    scale, zp = code_parameters("any", (300,))
+    _, _, found = integer_constants(scale, zp, 9)
+    byte = torch.arange(256).unsqueeze(1)
+    codes = ccq.fma(*torch.broadcast_tensors(byte.float(), scale, zp + 0.5)).floor().long()
+    for distance in range(-64, 65):
+        multiplier = (scale.double() * 512).round().long() + distance
+        least = (codes << 9) - byte * multiplier
+        assert not ((least.amax(0) <= least.amin(0) + 511) & ~found).any(), distance
+
+
 @pytest.mark.parametrize("k_order", ["natural", "shuffled"])
 def test_dequantized_weights_are_the_format_s_but_for_their_rounding(k_order: str) -> None:
     tensors = stored(256, 96)
