@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test acceptance acceptance-here acceptance-apart lint format protos demo stop gpu bench bench-cpu size clean
+.PHONY: help install test acceptance acceptance-here acceptance-apart lint format protos demo stop gpu bench bench-cpu bench-gpu-stack size clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -69,6 +69,9 @@ bench-cpu: $(INSTALLED) ## tokens/s on this CPU beside llama.cpp's, the demo mod
 	@test -z "$(PEER)" || test -x $(PEER)/bin/python || $(PYTHON) -m venv $(PEER)
 	@test -z "$(PEER)" || $(PEER)/bin/pip install --quiet llama-cpp-python numpy
 	$(BIN)/python -m tests.bench.bench_cpu $(if $(PEER),--peer $(PEER)) $(ARGS)
+
+bench-gpu-stack: $(INSTALLED) ## tokens/s and time to the first token through gateway, tokenizer and GPU worker; ARGS="--shape 300b"
+	$(BIN)/python -m tests.bench.bench_gpu_stack $(ARGS)
 
 bench-gateway: $(INSTALLED) ## requests/s, CPU a request and added latency of the gateway, over an engine that echoes
 	$(BIN)/python -m tests.bench.bench_gateway

@@ -16,7 +16,7 @@ PROMPTS, PROMPT_TOKENS, TOKENS = 32, 16, 64
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, required=True, help="directory of the checkpoint")
+    parser.add_argument("--model", type=Path, default=Path(".demo/wint2"), help="directory of the checkpoint")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     args = parser.parse_args()
     prompts = text_prompts(args.model, PROMPTS, PROMPT_TOKENS)
