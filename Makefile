@@ -73,8 +73,10 @@ bench-cpu: $(INSTALLED) ## tokens/s on this CPU beside llama.cpp's, the demo mod
 bench-gpu-stack: $(INSTALLED) ## tokens/s and time to the first token through gateway, tokenizer and GPU worker; ARGS="--shape 300b"
 	$(BIN)/python -m tests.bench.bench_gpu_stack $(ARGS)
 
-bench-gateway: $(INSTALLED) ## requests/s, CPU a request and added latency of the gateway, over an engine that echoes
-	$(BIN)/python -m tests.bench.bench_gateway
+bench-gateway: $(INSTALLED) ## requests/s, CPU a request and added latency of the gateway beside smg, over an engine that echoes; PEER= leaves smg out
+	@test -z "$(PEER)" || test -x $(PEER)/bin/python || $(PYTHON) -m venv $(PEER)
+	@test -z "$(PEER)" || $(PEER)/bin/pip install --quiet smg==1.13.0
+	$(BIN)/python -m tests.bench.bench_gateway $(if $(PEER),--smg $(PEER)/bin/smg) $(ARGS)
 
 acceptance-apart: $(INSTALLED) ## langchain, litellm, lm-eval and schemathesis against the stack, from an environment of their own
 	$(PYTHON) -m venv $(VENV)-acceptance

@@ -1,0 +1,212 @@
+"""An engine and a tokenizer that cost next to nothing, for measuring what lies between them and the clients.
+
+python -m tests.bench.echo_engine engine LISTEN SCHEDULER STEP_SECONDS PHASES CLOCKS
+python -m tests.bench.echo_engine tokenizer LISTEN
+python -m tests.bench.echo_engine vllm LISTEN MODEL STEP_SECONDS    as vLLM's engine, for others' gateways
+"""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import struct
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import uvloop
+
+from gpu_worker.servicer import WorkerServicer
+from gpu_worker.vllm_servicer import vllm_service
+from protos.rpc.channel import open_channel
+from protos.wint2.scheduler.v1 import scheduler_pb2, scheduler_pb2_grpc
+from protos.wint2.worker.v1 import worker_pb2
+from tests.fakes import EOS, FIRST_BYTE_ID, FakeTokenizer, FakeWorker, finish, serving, tokenizer_service
+from tests.fakes import worker_service as echo_service
+
+MODEL = "echo"
+COMPLETION_TOKENS = 64
+MAX_STREAMS = 4096
+CLOCK = struct.Struct("d")
+
+
+class Clocks:
+    """When the engine made each token of each stream: a file that engine and clients map."""
+
+    def __init__(self, path: Path) -> None:
+        size = MAX_STREAMS * (COMPLETION_TOKENS + 1) * CLOCK.size
+        with path.open("ab") as file:
+            file.truncate(size)
+        with path.open("r+b") as file:
+            self._map = mmap.mmap(file.fileno(), size)
+
+    def __setitem__(self, place: tuple[int, int], seconds: float) -> None:
+        CLOCK.pack_into(self._map, self._offset(*place), seconds)
+
+    def __getitem__(self, place: tuple[int, int]) -> float:
+        return float(CLOCK.unpack_from(self._map, self._offset(*place))[0])
+
+    def _offset(self, stream: int, token: int) -> int:
+        return (stream % MAX_STREAMS * (COMPLETION_TOKENS + 1) + token) * CLOCK.size
+
+
+def stream_ids(stream: int) -> list[int]:
+    """The token ids that a prompt begins with, by which the engine knows whose it is."""
+    return [stream % 256 + FIRST_BYTE_ID, stream // 256 + FIRST_BYTE_ID]
+
+
+@dataclass
+class Echo:
+    """A call that runs: what was made of its completion, what of that was sent, and when."""
+
+    request: worker_pb2.GenerateRequest
+    num_made: int = 0
+    num_sent: int = 0
+    sent_at: float = 0.0
+
+    @property
+    def is_over(self) -> bool:
+        return self.num_sent == self.request.sampling_params.max_tokens
+
+    def step(self, now: float, clocks: Clocks) -> list[worker_pb2.GenerateResponse]:
+        """One more token; nothing to say of it before the interval that was asked for."""
+        prompt = self.request.prompt.ids
+        first, second = prompt[:2]
+        stream = first - FIRST_BYTE_ID + 256 * (second - FIRST_BYTE_ID)
+        clocks[stream, self.num_made] = now
+        self.num_made += 1
+        is_last = self.num_made == self.request.sampling_params.max_tokens
+        if not is_last and self.num_sent and now - self.sent_at < self.request.min_delta_interval_ms / 1e3:
+            return []
+        messages = [] if self.num_sent else [prompt_info(self.request)]
+        messages.append(delta(self.request, self.num_made - self.num_sent))
+        self.num_sent, self.sent_at = self.num_made, now
+        return [*messages, ending(self.request)] if is_last else messages
+
+
+def prompt_info(request: worker_pb2.GenerateRequest) -> worker_pb2.GenerateResponse:
+    info = worker_pb2.PromptInfo(prompt_tokens=len(request.prompt.ids))
+    return worker_pb2.GenerateResponse(prompt_info=info)
+
+
+def delta(request: worker_pb2.GenerateRequest, num_tokens: int) -> worker_pb2.GenerateResponse:
+    return worker_pb2.GenerateResponse(delta=worker_pb2.Delta(token_ids=request.prompt.ids[-1:] * num_tokens))
+
+
+def ending(request: worker_pb2.GenerateRequest) -> worker_pb2.GenerateResponse:
+    completion = [FIRST_BYTE_ID] * request.sampling_params.max_tokens
+    return worker_pb2.GenerateResponse(finish=finish(len(request.prompt.ids), completion))
+
+
+class EchoEngine(FakeWorker):
+    """Every `step_seconds` a token for each sequence. With `phases` the sequences' steps are spread over that
+    time: with one all tokens come at once, as from one engine, with many each at its own time.
+    """
+
+    def __init__(self, step_seconds: float, phases: int, clocks: Clocks) -> None:
+        super().__init__()
+        self._tick_seconds = step_seconds / phases
+        self._phases = phases
+        self._clocks = clocks
+
+    async def GenerateMany(self, requests: Any, context: Any) -> AsyncIterator[Any]:
+        calls: dict[int, Echo] = {}
+        reader = asyncio.create_task(self._follow(requests, calls))
+        due, tick = time.monotonic(), 0
+        try:
+            while True:
+                due, tick = due + self._tick_seconds, tick + 1
+                await asyncio.sleep(max(0.0, due - time.monotonic()))
+                phase = tick % self._phases
+                told = [self._step(*one) for one in calls.items() if one[0] % self._phases == phase]
+                for call in told:
+                    if call.HasField("end_status"):
+                        del calls[call.call_id]
+                if told := [call for call in told if call.responses]:
+                    yield worker_pb2.GenerateManyResponse(calls=told)
+        finally:
+            reader.cancel()
+
+    async def _follow(self, requests: Any, calls: dict[int, Echo]) -> None:
+        async for request in requests:
+            for call in request.starts:
+                calls[call.call_id] = Echo(call.request)
+            for call_id in request.cancelled_call_ids:
+                calls.pop(call_id, None)
+
+    def _step(self, call_id: int, call: Echo) -> worker_pb2.GenerateCallResponse:
+        responses = call.step(time.monotonic(), self._clocks)
+        end_status = b"" if call.is_over else None
+        return worker_pb2.GenerateCallResponse(call_id=call_id, responses=responses, end_status=end_status)
+
+
+class EchoModel(FakeWorker):
+    """The same for gateways that make a call a request, and that fetch the tokenizer from the engine."""
+
+    def __init__(self, model: Path, step_seconds: float) -> None:
+        super().__init__()
+        self._model = model
+        self._step_seconds = step_seconds
+
+    async def Generate(self, request: Any, context: Any) -> AsyncIterator[worker_pb2.GenerateResponse]:
+        yield prompt_info(request)
+        due = time.monotonic()
+        for _ in range(request.sampling_params.max_tokens):
+            due += self._step_seconds
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            yield delta(request, 1)
+        yield ending(request)
+
+    async def GetModelInfo(self, request: Any, context: Any) -> worker_pb2.GetModelInfoResponse:
+        return worker_pb2.GetModelInfoResponse(
+            served_model_name=MODEL, model_path=str(self._model), max_model_len=4096, vocab_size=300
+        )
+
+
+async def run_engine(listen: str, scheduler: str, step_seconds: float, phases: int, clocks: Path) -> None:
+    registration = scheduler_pb2.WorkerRegistration(
+        instance_id=listen, address=listen, model=MODEL, max_model_len=4096, max_num_seqs=MAX_STREAMS,
+        eos_token_ids=[EOS],
+    )  # fmt: skip
+
+    async def events() -> AsyncIterator[scheduler_pb2.RegisterWorkerRequest]:
+        yield scheduler_pb2.RegisterWorkerRequest(registration=registration)
+        while True:
+            yield scheduler_pb2.RegisterWorkerRequest(load=scheduler_pb2.WorkerLoad(is_serving=True))
+            await asyncio.sleep(0.5)
+
+    engine = EchoEngine(step_seconds, phases, Clocks(clocks))
+    async with serving(echo_service(engine), listen=listen), open_channel(scheduler) as channel:
+        stub = scheduler_pb2_grpc.SchedulerServiceStub(channel)
+        async for _ in stub.RegisterWorker(events(), wait_for_ready=True):
+            pass
+
+
+async def run_tokenizer(listen: str) -> None:
+    async with serving(tokenizer_service(FakeTokenizer()), listen=listen):
+        await asyncio.Event().wait()
+
+
+async def run_vllm(listen: str, model: Path, step_seconds: float) -> None:
+    engine = cast(WorkerServicer, EchoModel(model, step_seconds))
+    async with serving(vllm_service(engine), listen=listen):
+        await asyncio.Event().wait()
+
+
+def main() -> None:
+    match sys.argv[1:]:
+        case ["engine", listen, scheduler, step, phases, clocks]:
+            uvloop.run(run_engine(listen, scheduler, float(step), int(phases), Path(clocks)))
+        case ["tokenizer", listen]:
+            uvloop.run(run_tokenizer(listen))
+        case ["vllm", listen, model, step]:
+            uvloop.run(run_vllm(listen, Path(model), float(step)))
+        case _:
+            sys.exit(__doc__)
+
+
+if __name__ == "__main__":
+    main()
