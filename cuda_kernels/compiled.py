@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from cuda_kernels.cpu.panels import Activations
+
 try:
-    from cuda_kernels.cpu import ops, warm_up
+    from cuda_kernels.cpu import ops, vector, warm_up
 except ImportError:
-    ops = warm_up = None  # type: ignore[assignment]
+    ops = vector = warm_up = None  # type: ignore[assignment]
 
 cpu = ops
 
@@ -17,6 +19,11 @@ def has_compiled(x: torch.Tensor) -> bool:
     return cpu is not None and cpu.fits(x)
 
 
-def compile_kernels() -> float:
+def compile_kernels(activations: Activations = "float32") -> float:
     """Compile all of it that is not in Numba's cache; the seconds it took."""
-    return warm_up.compile_kernels()
+    return warm_up.compile_kernels(activations)
+
+
+def has_integer_kernels() -> bool:
+    """Whether this CPU can multiply with activations of int8."""
+    return vector is not None and vector.has_dot4()

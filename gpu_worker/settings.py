@@ -41,6 +41,10 @@ class WorkerSettings(ServiceSettings):
     k_order: Literal["auto", "shuffled", "natural"] = Field(
         "auto", description="order of rows in a WINT2 file's 64-groups; auto finds it out from the weights"
     )
+    cpu_activations: Literal["auto", "int8", "float32"] = Field(
+        "auto",
+        description="what a CPU multiplies quantized weights with; auto: int8 where it has AVX-512 VNNI",
+    )
     tensor_parallel_size: int = Field(1, ge=1, description="GPUs that share the model")
     max_model_len: int | None = Field(
         None, ge=2, description="longest prompt plus completion, in tokens; default: what the model allows"

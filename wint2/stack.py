@@ -15,6 +15,7 @@ WORKER_FLAGS = (
     "dtype",
     "load_format",
     "k_order",
+    "cpu_activations",
     "tensor_parallel_size",
     "use_cudagraph",
     "seed",

@@ -39,18 +39,12 @@ def exp(builder: Builder, x: Value) -> Value:
 
 def _total(builder: Builder, lanes: Value) -> Value:
     """The sum of the lanes, in every lane."""
-    for distance in (8, 4, 2, 1):
-        order = [lane ^ distance for lane in range(LANES)]
-        lanes = builder.fadd(lanes, v.shuffle(builder, lanes, order))
-    return lanes
+    return v.fold(builder, lanes, builder.fadd)
 
 
 def _peak(builder: Builder, lanes: Value) -> Value:
     """The largest lane, in every lane."""
-    for distance in (8, 4, 2, 1):
-        order = [lane ^ distance for lane in range(LANES)]
-        lanes = v.call(builder, "maxnum", lanes, v.shuffle(builder, lanes, order))
-    return lanes
+    return v.fold(builder, lanes, lambda a, b: v.call(builder, "maxnum", a, b))
 
 
 def _accumulator(builder: Builder) -> Value:

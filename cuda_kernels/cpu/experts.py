@@ -14,20 +14,22 @@ import numba
 import numpy as np
 from numba.np.numpy_support import carray
 
-from cuda_kernels.cpu.arrays import Floats, Ints, SmallInts
-from cuda_kernels.cpu.elementwise import clear_row, swiglu_row
+from cuda_kernels.cpu.arrays import Bytes, Floats, Ints, SmallInts
+from cuda_kernels.cpu.elementwise import clear_row, copy_row, swiglu_row
 from cuda_kernels.cpu.kernels import multiply
 from cuda_kernels.cpu.linear import CHUNK, PANEL_BYTES
 from cuda_kernels.cpu.panels import PANEL
+from cuda_kernels.cpu.quantized import GROUP_BYTES, quantize_group, quantize_rows
 from cuda_kernels.cpu.team import add, run
 from cuda_kernels.cpu.vector import keep, pointer
 
 # Columns of the experts' table: the addresses of a projection's panels, and beside it of its column scales.
 _GATE, _UP, _DOWN = 0, 2, 4
 
-# What a job is given: its counter, kernel, sizes; x or y, h, table and length, h's width; experts a token,
-# rows, pieces or tokens of a run; tokens, x's width; pieces or starts, choices, weights, slots.
-_NUM_GIVEN = 19
+# What a job is given: its counter, kernel, sizes; x or y, h, table and length, bytes of a row of h; experts a
+# token, rows, pieces or tokens of a run; tokens, bytes of a row of x; pieces or starts, choices, weights,
+# slots; bytes of 64 hidden features in h, which may be quantized.
+_NUM_GIVEN = 20
 
 Sizes = tuple[int, int, int]  # values of x, bytes of a panel, panels
 
@@ -72,15 +74,14 @@ def up_gate_job(arguments: int) -> None:
     given = carray(pointer(arguments), (_NUM_GIVEN,), np.int64)
     kernel, num_k, panel_bytes, num_panels = given[1], given[2], given[3], given[4]
     num_activated, num_rows, num_pieces = given[10], given[11], given[12]
-    inputs = carray(pointer(given[5]), (given[13], given[14]), np.float32)
-    h = carray(pointer(given[6]), (num_rows, given[9]), np.float32)
+    x, x_bytes, h, h_bytes, h_part = given[5], given[14], given[6], given[9], given[19]
     table = carray(pointer(given[7]), (given[8], 6), np.int64)
     pieces = carray(pointer(given[15]), (num_pieces, 3), np.int64)
     choices = carray(pointer(given[16]), (num_rows,), np.int64)
     weights = carray(pointer(given[17]), (num_rows,), np.float32)
     slots = carray(pointer(given[18]), (PANEL,), np.int64)
     gate, up = np.empty((CHUNK, PANEL), np.float32), np.empty((CHUNK, PANEL), np.float32)
-    rows = np.empty((3, CHUNK), np.int64)
+    rows, hidden = np.empty((3, CHUNK), np.int64), np.empty(PANEL, np.float32)
     for row in range(CHUNK):
         rows[1, row], rows[2, row] = gate[row].ctypes.data, up[row].ctypes.data
     item = add(arguments, 1)
@@ -88,18 +89,24 @@ def up_gate_job(arguments: int) -> None:
         piece, panel = pieces[item // num_panels], item % num_panels
         expert, first, end = piece[0], piece[1], piece[2]
         for row in range(first, end):
-            rows[0, row - first] = inputs[choices[row] // num_activated].ctypes.data
+            rows[0, row - first] = x + choices[row] // num_activated * x_bytes
         for target, projection in ((1, _GATE), (2, _UP)):
             panels, scale = _panel(table[expert], projection, panel, panel_bytes)
-            x, y = rows[0].ctypes.data, rows[target].ctypes.data
-            multiply(kernel, x, y, end - first, panels, scale, num_k, 0)
+            source, sums = rows[0].ctypes.data, rows[target].ctypes.data
+            multiply(kernel, source, sums, end - first, panels, scale, num_k, 0)
         for row in range(first, end):
             gated, weight = rows[1, row - first], weights[choices[row] :].ctypes.data
             swiglu_row(gated, rows[2, row - first], weight, gated, PANEL)
             for feature in range(PANEL):
-                h[row, panel * PANEL + feature] = gate[row - first, slots[feature]]
+                hidden[feature] = gate[row - first, slots[feature]]
+            target = h + row * h_bytes + panel * h_part
+            if h_part == GROUP_BYTES:
+                quantize_group(hidden.ctypes.data, target)
+            else:
+                copy_row(hidden.ctypes.data, target, PANEL)
         item = add(arguments, 1)
     keep(rows)
+    keep(hidden)
     keep(gate)
     keep(up)
 
@@ -121,7 +128,7 @@ def down_job(arguments: int) -> None:
     given = carray(pointer(arguments), (_NUM_GIVEN,), np.int64)
     kernel, num_k, panel_bytes, num_panels = given[1], given[2], given[3], given[4]
     num_activated, num_rows, run_length = given[10], given[11], given[12]
-    h = carray(pointer(given[6]), (num_rows, given[9]), np.float32)
+    h, h_bytes = given[6], given[9]
     table = carray(pointer(given[7]), (given[8], 6), np.int64)
     y = carray(pointer(given[5]), (given[13], num_panels * PANEL), np.float32)
     starts = carray(pointer(given[15]), (given[8] + 1,), np.int64)
@@ -138,7 +145,7 @@ def down_job(arguments: int) -> None:
             first = _first_row(choices, starts[expert], starts[expert + 1], token * num_activated)
             last = _first_row(choices, first, starts[expert + 1], end * num_activated)
             for row in range(first, last):
-                rows[0, row - first] = h[row].ctypes.data
+                rows[0, row - first] = h + row * h_bytes
                 rows[1, row - first] = y[choices[row] // num_activated, panel * PANEL :].ctypes.data
             panels, scale = _panel(table[expert], _DOWN, panel, panel_bytes)
             multiply(kernel, rows[0].ctypes.data, rows[1].ctypes.data, last - first, panels, scale, num_k, 1)
@@ -167,7 +174,14 @@ def _choices(ids: int, weights: int, num_tokens: int, num_activated: int) -> tup
 
 @numba.njit(nogil=True, cache=True)
 def _keep_all(
-    inputs: Floats, h: Floats, weights: Floats, choices: Ints, pieces: Ints, starts: Ints, given: Ints
+    inputs: Floats,
+    levels: Bytes,
+    h: Bytes,
+    weights: Floats,
+    choices: Ints,
+    pieces: Ints,
+    starts: Ints,
+    given: Ints,
 ) -> None:
     """Hold what jobs were given addresses of until here."""
 
@@ -177,6 +191,7 @@ def experts(
     team: tuple[int, int],
     shares: tuple[int, int],
     kernels: tuple[int, int],
+    quantizes: tuple[bool, bool],
     tables: tuple[int, int, int, int, int],
     up_gate: Sizes,
     down: Sizes,
@@ -192,20 +207,25 @@ def experts(
     inputs = carray(pointer(x[0]), (x[1], x[2]), np.float32)
     if tables[3]:
         inputs = _reorder(inputs, carray(pointer(tables[2]), (tables[3],), np.int64))
+    source, x_bytes = inputs.ctypes.data, 4 * inputs.shape[1]
+    levels = quantize_rows(source, x_bytes, x[1] if quantizes[0] else 0, up_gate[0])
+    if quantizes[0]:
+        source, x_bytes = levels.ctypes.data, levels.shape[1]
     num_activated = routing[2]
     ids, weights = _choices(routing[0], routing[1], x[1], num_activated)
     starts, choices = _sort_rows(ids, tables[1])
     pieces = _pieces(starts)
-    h = np.empty((len(choices), up_gate[2] * PANEL), np.float32)
+    h_part = GROUP_BYTES if quantizes[1] else PANEL_BYTES
+    h = np.empty((len(choices), up_gate[2] * h_part), np.uint8)
     given = np.zeros(_NUM_GIVEN, np.int64)
     given[1], given[2], given[3], given[4] = kernels[0], up_gate[0], up_gate[1], up_gate[2]
-    given[5], given[6], given[7], given[8] = inputs.ctypes.data, h.ctypes.data, tables[0], tables[1]
+    given[5], given[6], given[7], given[8] = source, h.ctypes.data, tables[0], tables[1]
     given[9], given[10], given[11], given[12] = h.shape[1], num_activated, len(choices), len(pieces)
-    given[13], given[14], given[15] = inputs.shape[0], inputs.shape[1], pieces.ctypes.data
+    given[13], given[14], given[15], given[19] = x[1], x_bytes, pieces.ctypes.data, h_part
     given[16], given[17], given[18] = choices.ctypes.data, weights.ctypes.data, tables[4]
     run(team, shares[0], given.ctypes.data)
     given[0], given[1], given[2], given[3], given[4] = 0, kernels[1], down[0], down[1], down[2]
     # As many tokens as give an expert CHUNK rows, if all experts are liked alike.
     given[5], given[12], given[15] = y, CHUNK * max(1, tables[1] // num_activated), starts.ctypes.data
     run(team, shares[1], given.ctypes.data)
-    _keep_all(inputs, h, weights, choices, pieces, starts, given)
+    _keep_all(inputs, levels, h, weights, choices, pieces, starts, given)

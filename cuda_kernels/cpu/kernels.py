@@ -7,18 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import Literal
 
 import numba
 from llvmlite import ir
 from numba import types
 
-from cuda_kernels.cpu import tiles
+from cuda_kernels.cpu import dots, tiles
 from cuda_kernels.cpu import vector as v
-from cuda_kernels.cpu.panels import Format
+from cuda_kernels.cpu.panels import KernelName
 from cuda_kernels.cpu.vector import I64, Builder, Value
 
-KernelName = Format | Literal["scattered"]
 Kernel = Callable[[int, int, int, int, int, int, int], None]
 
 _SIGNATURE = types.void(*[types.int64] * 7)
@@ -29,6 +27,9 @@ _wint8 = tiles.panel_product(tiles.decode_wint8)
 _wint4 = tiles.panel_product(tiles.decode_wint4)
 _wint2 = tiles.panel_product(tiles.decode_wint2)
 _scattered = tiles.panel_product(tiles.decode_scattered)
+_wint8_dot = dots.panel_dot(dots.decode_wint8, zero=128)
+_wint4_dot = dots.panel_dot(dots.decode_wint4, zero=8)
+_wint2_dot = dots.panel_dot(dots.decode_wint2, zero=32)
 
 
 # Plain functions, one a kernel: Numba finds compiled code again by a function's module, name and line.
@@ -56,6 +57,18 @@ def _multiply_scattered(x: int, y: int, n: int, panel: int, scale: int, k: int, 
     _scattered(x, y, n, panel, scale, k, adds)
 
 
+def _dot_wint8(x: int, y: int, n: int, panel: int, scale: int, k: int, adds: int) -> None:
+    _wint8_dot(x, y, n, panel, scale, k, adds)
+
+
+def _dot_wint4(x: int, y: int, n: int, panel: int, scale: int, k: int, adds: int) -> None:
+    _wint4_dot(x, y, n, panel, scale, k, adds)
+
+
+def _dot_wint2(x: int, y: int, n: int, panel: int, scale: int, k: int, adds: int) -> None:
+    _wint2_dot(x, y, n, panel, scale, k, adds)
+
+
 _KERNELS: dict[KernelName, Kernel] = {
     "float32": _multiply_float32,
     "bfloat16": _multiply_bfloat16,
@@ -63,6 +76,9 @@ _KERNELS: dict[KernelName, Kernel] = {
     "wint4": _multiply_wint4,
     "wint2": _multiply_wint2,
     "scattered": _multiply_scattered,
+    "wint8_dot": _dot_wint8,
+    "wint4_dot": _dot_wint4,
+    "wint2_dot": _dot_wint2,
 }
 
 

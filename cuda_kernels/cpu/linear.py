@@ -10,6 +10,7 @@ import numpy as np
 from numba.np.numpy_support import carray
 
 from cuda_kernels.cpu.kernels import multiply
+from cuda_kernels.cpu.quantized import quantize_rows
 from cuda_kernels.cpu.team import add, run
 from cuda_kernels.cpu.vector import keep, pointer
 
@@ -50,14 +51,19 @@ def linear(
     panels: tuple[int, int, int],
     scale: int,
     num_k: int,
+    quantizes: bool,
 ) -> None:
     """y = scale · (x · W). `x`, `y`: address and stride; `panels`: address, bytes of one, how many.
 
-    y's rows have room for whole panels. `share` is the compiled job.
+    y's rows have room for whole panels, x's for `num_k` values. `share` is the compiled job.
     """
+    levels = quantize_rows(x[0], x[1], num_rows if quantizes else 0, num_k)
+    if quantizes:
+        x = levels.ctypes.data, levels.shape[1]
     given = np.zeros(13, np.int64)
     given[1], given[6], given[10], given[11] = kernel, num_rows, scale, num_k
     given[2], given[3], given[4], given[5] = x[0], x[1], y[0], y[1]
     given[7], given[8], given[9] = panels[0], panels[1], panels[2]
     run(team, share, given.ctypes.data)
     keep(given)
+    keep(levels)

@@ -10,6 +10,7 @@ import os
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 
 from cuda_kernels.cache_format import CacheScales
 from cuda_kernels.cpu import attention as compiled_attention
@@ -45,20 +46,22 @@ def fits(x: torch.Tensor) -> bool:
 
 def linear(x_TK: torch.Tensor, weight: PanelWeight) -> torch.Tensor:
     """x times the weight: [T, N]."""
-    x_TK = x_TK.contiguous()
+    missing = weight.num_k - x_TK.shape[1]
+    x_TK = F.pad(x_TK, (0, missing)) if missing else x_TK.contiguous()
     num_rows, width = x_TK.shape
     padded = PANEL * weight.panels[2]
     y_TN = torch.empty((num_rows, padded))
     compiled_linear.linear(
         _team(),
         job_address(compiled_linear.job),
-        address_of(weight.format),
+        address_of(weight.kernel),
         (x_TK.data_ptr(), 4 * width),
         (y_TN.data_ptr(), 4 * padded),
         num_rows,
         weight.panels,
         weight.addresses[1],
         weight.num_k,
+        weight.quantizes,
     )
     return y_TN if padded == weight.num_outputs else y_TN[:, : weight.num_outputs].contiguous()
 
@@ -80,7 +83,8 @@ def experts(
     compiled_experts.experts(
         _team(),
         (job_address(compiled_experts.up_gate_job), job_address(compiled_experts.down_job)),
-        (address_of(up.format), address_of(down.format)),
+        (address_of(up.kernel), address_of(down.kernel)),
+        (up.quantizes, down.quantizes),
         weights.tables,
         up.sizes,
         down.sizes,

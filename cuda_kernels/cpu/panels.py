@@ -3,13 +3,16 @@
 A weight [K, N] becomes ceil(N / 64) panels, one after another, columns filled up with zeros. Inside a panel
 64 columns lie side by side:
 
-    float32, bfloat16, wint8    K rows of 64 elements
-    wint4                       K/2 rows of 64 bytes, row 2r in the low nibble, 2r+1 in the high one, both + 8
-    wint2                       64 f32 code_scale | 64 f32 code_zp + 0.5 | pairs of 64-groups:
-                                    64 bytes of local scales, even group in the high nibble
-                                    16 rows of 64 bytes for each group: byte row r is slots 4r .. 4r+3
+    float32, bfloat16   K rows of 64 elements
+    wint8               K/4 rows of 64 × 4 bytes: a column's levels of k = 4r .. 4r+3, + 128
+    wint4               K/8 rows of 64 × 4 bytes: k = 8r .. 8r+3 in the low nibbles, the next four in the high
+                            ones, + 8
+    wint2               64 f32 code_scale | 64 f32 code_zp + 0.5 | pairs of 64-groups:
+                            64 bytes of local scales, even group in the high nibble
+                            16 rows of 64 bytes for each group: byte row r is slots 4r .. 4r+3
 
-WINT2's K counts slots; x is brought to the order of the slots before it is multiplied.
+Quantized K is filled up to whole groups of 64. WINT2's K counts slots; x is brought to the order of the slots
+before it is multiplied.
 Shapes: K inputs, N outputs, J panels, D hidden, F expert intermediate, E experts.
 """
 
@@ -32,6 +35,9 @@ PANEL = 64
 CODE_ROWS = GROUP_SIZE // 4
 
 Format = Literal["float32", "bfloat16", "wint8", "wint4", "wint2"]
+DotName = Literal["wint8_dot", "wint4_dot", "wint2_dot"]
+KernelName = Format | DotName | Literal["scattered"]
+Activations = Literal["float32", "int8"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +49,25 @@ class PanelWeight:
     scale_N: torch.Tensor | None
     num_inputs: int
     num_outputs: int
-    num_k: int  # values of x that a panel is multiplied with: K, and what fills up its last byte or group
+    num_k: int  # values of x that a panel is multiplied with: K, and what fills up its last group
+    activations: Activations = "float32"  # what x is multiplied as
+
+    @property
+    def kernel(self) -> KernelName:
+        """Integers are multiplied with integers; floats stay what they are."""
+        match self.format, self.activations:
+            case ("wint8", "int8"):
+                return "wint8_dot"
+            case ("wint4", "int8"):
+                return "wint4_dot"
+            case ("wint2", "int8"):
+                return "wint2_dot"
+        return self.format
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether x is brought to 8 bits."""
+        return self.kernel != self.format
 
     @property
     def num_panels(self) -> int:
@@ -132,13 +156,14 @@ def pack_dense(weight_NK: torch.Tensor) -> PanelWeight:
 
 def pack_wint8(weight: Wint8Weight, num_inputs: int) -> PanelWeight:
     """`num_inputs` is K without the padding of the stored weight."""
-    return _pack("wint8", weight.quant_weight[:num_inputs], weight.weight_scale, num_inputs)
+    # Of a level in two's complement and 128, the sum.
+    levels = _to_groups(weight.quant_weight[:num_inputs]).view(torch.uint8) ^ 128
+    return _levels("wint8", _in_fours(levels), weight.weight_scale, num_inputs)
 
 
 def pack_wint4(weight: Wint4Weight, num_inputs: int) -> PanelWeight:
-    levels = (weight.quant_weight[: num_inputs + num_inputs % 2] + 8).view(torch.uint8)
-    packed = _pack("wint4", levels[0::2] | levels[1::2] << 4, weight.weight_scale, num_inputs)
-    return replace(packed, num_k=2 * -(-num_inputs // 2))
+    fours = _in_fours((_to_groups(weight.quant_weight[:num_inputs]) + 8).view(torch.uint8))
+    return _levels("wint4", fours[0::2] | fours[1::2] << 4, weight.weight_scale, num_inputs)
 
 
 def pack_wint2(weight: Wint2Weight, num_inputs: int) -> PanelWeight:
@@ -159,6 +184,23 @@ def _pack(name: Format, rows_KN: torch.Tensor, scale_N: torch.Tensor | None, num
     scale = None if scale_N is None else _column_scale(scale_N)
     data = _panels(rows_KN).view(torch.uint8).flatten(1)
     return PanelWeight(name, data, scale, num_inputs, rows_KN.shape[1], num_inputs)
+
+
+def _to_groups(levels_KN: torch.Tensor) -> torch.Tensor:
+    padded: torch.Tensor = F.pad(levels_KN, (0, 0, 0, -levels_KN.shape[0] % GROUP_SIZE))
+    return padded
+
+
+def _in_fours(levels_KN: torch.Tensor) -> torch.Tensor:
+    """[K, N] bytes to [K / 4, N, 4]."""
+    fours: torch.Tensor = levels_KN.unflatten(0, (-1, 4))
+    return fours.transpose(1, 2)
+
+
+def _levels(name: Format, words_RN4: torch.Tensor, scale_N: torch.Tensor, num_inputs: int) -> PanelWeight:
+    words_RN = words_RN4.contiguous().view(torch.int32).squeeze(-1)
+    packed = _pack(name, words_RN, scale_N, num_inputs)
+    return replace(packed, num_k=-(-num_inputs // GROUP_SIZE) * GROUP_SIZE)
 
 
 def _panels(rows_KN: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ registers), and a weight is decoded once for all of them. `panels.py` draws the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from llvmlite import ir
@@ -116,13 +116,6 @@ def decode_bfloat16(builder: Builder, panel: Value, num_k: Value, use: Use) -> N
     _rows(builder, panel, num_k, use, 2, widen)
 
 
-def decode_wint8(builder: Builder, panel: Value, num_k: Value, use: Use) -> None:
-    def widen(at: Value) -> Value:
-        return builder.sitofp(builder.sext(v.load(builder, at, v.vector(I8)), VI32), VF32)
-
-    _rows(builder, panel, num_k, use, 1, widen)
-
-
 def _rows(
     builder: Builder, panel: Value, num_k: Value, use: Use, size: int, widen: Callable[[Value], Value]
 ) -> None:
@@ -137,19 +130,25 @@ def _vectors(builder: Builder, row: Value, size: int) -> Iterator[Value]:
         yield v.offset(builder, row, index * LANES * size)
 
 
+def decode_wint8(builder: Builder, panel: Value, num_k: Value, use: Use) -> None:
+    _levels(builder, panel, num_k, use, 8, range(0, 32, 8))
+
+
 def decode_wint4(builder: Builder, panel: Value, num_k: Value, use: Use) -> None:
-    """A byte is two weight rows, the first in its low nibble."""
-    with cgutils.for_range(builder, builder.lshr(num_k, ir.Constant(I64, 1))) as loop:
-        row = builder.add(panel, v.scaled(builder, loop.index, PANEL))
-        pairs = [_bytes(builder, at) for at in _vectors(builder, row, 1)]
-        first = v.scaled(builder, loop.index, 2)
-        use(first, [_level4(builder, builder.and_(pair, v.integer(15))) for pair in pairs])
-        high = [_level4(builder, builder.lshr(pair, v.integer(4))) for pair in pairs]
-        use(v.offset(builder, first, 1), high)
+    _levels(builder, panel, num_k, use, 4, (*range(0, 32, 8), *range(4, 32, 8)))
 
 
-def _level4(builder: Builder, nibble: Value) -> Value:
-    return builder.fsub(_plus_magic(builder, nibble), v.constant(_MAGIC + 8))
+def _levels(builder: Builder, panel: Value, num_k: Value, use: Use, bits: int, shifts: Sequence[int]) -> None:
+    """Unsigned integers side by side in 32 bits, one after another along k."""
+    mask, zero = v.integer(2**bits - 1), v.constant(_MAGIC + 2 ** (bits - 1))
+    with cgutils.for_range(builder, builder.udiv(num_k, ir.Constant(I64, len(shifts)))) as loop:
+        row = builder.add(panel, v.scaled(builder, loop.index, 4 * PANEL))
+        words = [v.load(builder, at, VI32) for at in _vectors(builder, row, 4)]
+        first = v.scaled(builder, loop.index, len(shifts))
+        for step, shift in enumerate(shifts):
+            small = [builder.and_(builder.lshr(word, v.integer(shift)), mask) for word in words]
+            weights = [builder.fsub(_plus_magic(builder, level), zero) for level in small]
+            use(v.offset(builder, first, step), weights)
 
 
 def _plus_magic(builder: Builder, small: Value) -> Value:
@@ -167,20 +166,25 @@ _PAIR = PANEL + 2 * CODE_ROWS * PANEL
 def decode_wint2(builder: Builder, panel: Value, num_k: Value, use: Use) -> None:
     """code = floor(fma(byte, code_scale, code_zp + 0.5)); (its fields - 32) · the group's local scale."""
     with cgutils.for_range(builder, builder.udiv(num_k, ir.Constant(I64, GROUP_SIZE))) as groups:
-        group = groups.index
-        pair = builder.add(panel, v.scaled(builder, builder.lshr(group, ir.Constant(I64, 1)), _PAIR))
-        pair = v.offset(builder, pair, _HEAD)
-        odd = builder.and_(group, ir.Constant(I64, 1))
-        local = [_local_scale(builder, at, odd) for at in _vectors(builder, pair, 1)]
-        codes = builder.add(v.offset(builder, pair, PANEL), v.scaled(builder, odd, CODE_ROWS * PANEL))
+        local, codes = find_group(builder, panel, groups.index)
         with cgutils.for_range(builder, ir.Constant(I64, CODE_ROWS)) as rows:
             row = builder.add(codes, v.scaled(builder, rows.index, PANEL))
-            points = [_code(builder, panel, row, index) for index in range(_VECTORS)]
-            first = builder.add(v.scaled(builder, group, GROUP_SIZE), v.scaled(builder, rows.index, 4))
+            codes_at = zip(_vectors(builder, row, 1), code_parameters(builder, panel), strict=True)
+            points = [_code(builder, at, parameters) for at, parameters in codes_at]
+            first = builder.add(v.scaled(builder, groups.index, GROUP_SIZE), v.scaled(builder, rows.index, 4))
             for field, shift in enumerate((9, 6, 3, 0)):
                 levels = zip(points, local, strict=True)
                 weights = [_weight2(builder, code, shift, scale) for code, scale in levels]
                 use(v.offset(builder, first, field), weights)
+
+
+def find_group(builder: Builder, panel: Value, group: Value) -> tuple[list[Value], Value]:
+    """Its columns' local scales, and where its codes are."""
+    pair = builder.add(panel, v.scaled(builder, builder.lshr(group, ir.Constant(I64, 1)), _PAIR))
+    pair = v.offset(builder, pair, _HEAD)
+    odd = builder.and_(group, ir.Constant(I64, 1))
+    local = [_local_scale(builder, at, odd) for at in _vectors(builder, pair, 1)]
+    return local, builder.add(v.offset(builder, pair, PANEL), v.scaled(builder, odd, CODE_ROWS * PANEL))
 
 
 def _local_scale(builder: Builder, at: Value, odd: Value) -> Value:
@@ -190,11 +194,21 @@ def _local_scale(builder: Builder, at: Value, odd: Value) -> Value:
     return builder.sitofp(nibble, VF32)
 
 
-def _code(builder: Builder, panel: Value, row: Value, index: int) -> Value:
-    at = 4 * LANES * index
-    scale, zero = (v.load(builder, v.offset(builder, panel, at + 4 * PANEL * part)) for part in (0, 1))
-    byte = builder.uitofp(_bytes(builder, v.offset(builder, row, LANES * index)), VF32)
-    return builder.fptosi(v.call(builder, "floor", v.fma(builder, byte, scale, zero)), VI32)
+def code_parameters(builder: Builder, panel: Value) -> list[tuple[Value, Value]]:
+    """code_scale and code_zp + 0.5 of 16 columns, four times."""
+    pairs = zip(
+        _vectors(builder, panel, 4), _vectors(builder, v.offset(builder, panel, 4 * PANEL), 4), strict=True
+    )
+    return [(v.load(builder, scale), v.load(builder, zero)) for scale, zero in pairs]
+
+
+def point_of(builder: Builder, at: Value, parameters: tuple[Value, Value]) -> Value:
+    """byte · code_scale + code_zp + 0.5 of the 16 columns there: its floor is the code."""
+    return v.fma(builder, builder.uitofp(_bytes(builder, at), VF32), *parameters)
+
+
+def _code(builder: Builder, at: Value, parameters: tuple[Value, Value]) -> Value:
+    return builder.fptosi(v.call(builder, "floor", point_of(builder, at, parameters)), VI32)
 
 
 def _weight2(builder: Builder, code: Value, shift: int, local: Value) -> Value:

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from inspect import Parameter, Signature
 from typing import Any
 
 from llvmlite import ir
+from llvmlite.binding import get_host_cpu_features
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -101,6 +103,54 @@ def call(builder: Builder, name: str, *operands: Value) -> Value:
 def fma(builder: Builder, a: Value, b: Value, c: Value) -> Value:
     """a·b + c, rounded once."""
     return call(builder, "fma", a, b, c)
+
+
+def fold(builder: Builder, lanes: Value, combine: Callable[[Value, Value], Value]) -> Value:
+    """All lanes combined, halves with halves, in every lane."""
+    for distance in (8, 4, 2, 1):
+        lanes = combine(lanes, shuffle(builder, lanes, [lane ^ distance for lane in range(LANES)]))
+    return lanes
+
+
+@cache
+def _cpu_features() -> dict[str, bool]:
+    return dict(get_host_cpu_features())
+
+
+def has_features(*names: str) -> bool:
+    """Whether this CPU has them, by LLVM's names."""
+    return all(_cpu_features().get(name, False) for name in names)
+
+
+def has_dot4() -> bool:
+    """Whether this CPU has what `dot4` and `floor` take."""
+    return has_features("avx512f", "avx512vnni")
+
+
+def dot4(builder: Builder, sums: Value, weights: Value, x: Value) -> Value:
+    """Each int32 lane plus Σ weight · x over its four bytes: unsigned weights, signed x."""
+    kind = ir.FunctionType(VI32, [VI32] * 3)
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.vpdpbusd.512")
+    return builder.call(function, (sums, weights, x))
+
+
+def floor(builder: Builder, x: Value) -> Value:
+    """The floor as int32, in one instruction of AVX-512."""
+    kind = ir.FunctionType(VI32, [VF32, VI32, I16, I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx512.mask.cvtps2dq.512")
+    towards_minus_infinity = ir.Constant(I32, 9)
+    return builder.call(function, (x, integer(0), ir.Constant(I16, -1), towards_minus_infinity))
+
+
+def multishift(builder: Builder, lanes: Value, shifts: tuple[int, int, int, int]) -> Value:
+    """The eight bits from each of four places of an int32 lane, as its bytes (AVX-512 VBMI)."""
+    eight_bytes = [*shifts, *(32 + shift for shift in shifts)]
+    bytes_64 = ir.VectorType(I8, 64)
+    control = ir.Constant(bytes_64, [ir.Constant(I8, shift) for shift in eight_bytes * 8])
+    kind = ir.FunctionType(bytes_64, [bytes_64] * 2)
+    name = "llvm.x86.avx512.pmultishift.qb.512"
+    function = cgutils.get_or_insert_function(builder.module, kind, name)
+    return builder.bitcast(builder.call(function, (control, builder.bitcast(lanes, bytes_64))), VI32)
 
 
 def _to_pointer(context: Any, address: Any) -> tuple[Any, Any]:

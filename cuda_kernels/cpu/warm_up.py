@@ -9,15 +9,25 @@ from typing import get_args
 import torch
 
 from cuda_kernels.cpu import kernels, ops
-from cuda_kernels.cpu.panels import PANEL, Format, PanelExpert, pack_dense, stack_experts
+from cuda_kernels.cpu.panels import (
+    PANEL,
+    Activations,
+    DotName,
+    Format,
+    PanelExpert,
+    pack_dense,
+    stack_experts,
+)
 
 
 @cache
-def compile_kernels() -> float:
+def compile_kernels(activations: Activations) -> float:
     """The seconds it took: a dozen where nothing is in Numba's cache, less than one where all is."""
     begin = time.perf_counter()
     for name in get_args(Format):
         kernels.address_of(name)
+    for dot in get_args(DotName) if activations == "int8" else ():
+        kernels.address_of(dot)
     weight = pack_dense(torch.zeros(PANEL, PANEL))
     rows, cache = torch.zeros(1, PANEL), torch.zeros(1, 1, 1, PANEL)
     one, zero = torch.ones(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)

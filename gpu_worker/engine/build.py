@@ -11,7 +11,13 @@ import torch
 
 from gpu_worker.config import CacheConfig, EngineConfig, ModelConfig, QuantizationConfig, SchedulerConfig
 from gpu_worker.engine.cuda_graphs import CudaCapture, DecodeGraphs
-from gpu_worker.engine.devices import DeviceChoice, choose_device, choose_dtype
+from gpu_worker.engine.devices import (
+    ActivationsChoice,
+    DeviceChoice,
+    choose_activations,
+    choose_device,
+    choose_dtype,
+)
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.errors import EngineArgsError
 from gpu_worker.engine.gpu_kernels import build_kernels
@@ -37,6 +43,9 @@ from gpu_worker.model.loader import LoadFormat, load_model
 
 Progress = Callable[[int, int], None]
 
+# Of the fields that take one of a few words.
+CHOICES = {"load_format": LoadFormat, "k_order": KOrderChoice, "cpu_activations": ActivationsChoice}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineArgs:
@@ -47,6 +56,7 @@ class EngineArgs:
     dtype: str = "auto"
     load_format: LoadFormat = "auto"
     k_order: KOrderChoice = "auto"
+    cpu_activations: ActivationsChoice = "auto"
     tensor_parallel_size: int = 1
     max_model_len: int | None = None
     max_num_seqs: int = 256
@@ -68,7 +78,7 @@ class EngineArgs:
                 "tensor_parallel_size",
                 f"must be 1: a worker runs the model on one device, got {self.tensor_parallel_size}",
             )
-        for name, choices in (("load_format", LoadFormat), ("k_order", KOrderChoice)):
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in get_args(choices):
                 wanted = " or ".join(get_args(choices))
                 raise EngineArgsError(name, f"must be {wanted}, got {getattr(self, name)!r}")
@@ -143,6 +153,7 @@ def _load(
         progress=progress,
         load_format=args.load_format,
         k_order=args.k_order,
+        activations=choose_activations(args.cpu_activations, model_config, device),
     )
 
 

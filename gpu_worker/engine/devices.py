@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Literal
 
 import torch
 
+from cuda_kernels.compiled import has_integer_kernels
+from cuda_kernels.cpu.panels import Activations
+from gpu_worker.config import ModelConfig, QuantizationConfig
 from gpu_worker.engine.errors import EngineArgsError
 
+ActivationsChoice = Literal["auto", "int8", "float32"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -43,6 +48,17 @@ def choose_dtype(wanted: str, device: torch.device) -> torch.dtype:
     if wanted not in DTYPES:
         raise EngineArgsError("dtype", f"must be auto, float32 or bfloat16, got {wanted!r}")
     return DTYPES[wanted]
+
+
+def choose_activations(wanted: ActivationsChoice, config: ModelConfig, device: torch.device) -> Activations:
+    """What quantized weights are multiplied with on a CPU; auto is int8 where it has the instructions."""
+    can = device.type == "cpu" and has_integer_kernels()
+    if wanted == "int8" and not can:
+        raise EngineArgsError(
+            "cpu_activations", "int8 needs Numba and a CPU with AVX-512 VNNI; auto or float32 do not"
+        )
+    is_quantized = config.quantization != QuantizationConfig()
+    return "int8" if can and is_quantized and wanted != "float32" else "float32"
 
 
 def _cuda_obstacle() -> str:

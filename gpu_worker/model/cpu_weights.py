@@ -6,18 +6,23 @@
     float16                 float32
     ranks of a checkpoint   bfloat16, decoded: every rank has scales of its own
 
+With activations of int8 the integers of a weight are multiplied with x in 8 bits, and a bfloat16 head, which
+takes most of the memory that a token reads, is rounded to WINT8.
 Shapes: N outputs, K inputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from cuda_kernels.compiled import cpu
 from cuda_kernels.cpu.panels import (
+    Activations,
     PanelExpert,
     PanelExperts,
     PanelWeight,
@@ -28,7 +33,7 @@ from cuda_kernels.cpu.panels import (
     stack_experts,
 )
 from cuda_kernels.formats import wint4, wint8
-from cuda_kernels.formats.layout import KOrder
+from cuda_kernels.formats.layout import GROUP_SIZE, KOrder
 from cuda_kernels.formats.wint2 import Wint2Weight
 from cuda_kernels.formats.wint4 import Wint4Weight
 from cuda_kernels.formats.wint8 import Wint8Weight
@@ -41,10 +46,10 @@ def has_panels(device: torch.device, dtype: torch.dtype) -> bool:
     return cpu is not None and device.type == "cpu" and dtype == torch.float32
 
 
-def panel_linear(stored: StoredLinear, k_order: KOrder) -> PanelWeight:
+def panel_linear(stored: StoredLinear, k_order: KOrder, activations: Activations = "float32") -> PanelWeight:
     """A dense layer's weight. WINT2 and WINT4 are the experts' formats, and are decoded here."""
     if stored.format == "wint8" and stored.is_one_weight:
-        return _quantized(stored, slice(None))
+        return replace(_quantized(stored, slice(None)), activations=activations)
     return panel_dense(stored.dense(k_order))
 
 
@@ -52,9 +57,24 @@ def panel_dense(weight_NK: Tensor) -> PanelWeight:
     return pack_dense(weight_NK.float() if weight_NK.dtype == torch.float16 else weight_NK)
 
 
-def panel_experts(experts: Sequence[MLPPlan], k_order: KOrder) -> PanelExperts:
+def panel_head(weight_VD: Tensor, activations: Activations) -> PanelWeight:
+    """A head of floats."""
+    if activations == "float32":
+        return panel_dense(weight_VD)
+    weight_DV = F.pad(weight_VD.T, (0, 0, 0, -weight_VD.shape[1] % GROUP_SIZE))
+    return replace(pack_wint8(wint8.quantize(weight_DV), weight_VD.shape[1]), activations=activations)
+
+
+def panel_experts(
+    experts: Sequence[MLPPlan], k_order: KOrder, activations: Activations = "float32"
+) -> PanelExperts:
     """A layer's experts, or the one network of a dense layer."""
-    return stack_experts([_expert(expert, k_order) for expert in experts], k_order)
+    return stack_experts([_with(activations, _expert(expert, k_order)) for expert in experts], k_order)
+
+
+def _with(activations: Activations, expert: PanelExpert) -> PanelExpert:
+    parts = (expert.gate, expert.up, expert.down)
+    return PanelExpert(*(replace(part, activations=activations) for part in parts))
 
 
 def _expert(expert: MLPPlan, k_order: KOrder) -> PanelExpert:

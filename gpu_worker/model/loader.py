@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from cuda_kernels.compiled import compile_kernels
-from cuda_kernels.cpu.panels import PanelExperts
+from cuda_kernels.cpu.panels import Activations, PanelExperts
 from cuda_kernels.formats.layout import KOrder
 from cuda_kernels.linear import pack_dense
 from cuda_kernels.moe import ExpertWeights, StreamedExperts, pack_experts
@@ -23,7 +23,7 @@ from gpu_worker.layers.moe import MoE, Router
 from gpu_worker.layers.norm import RMSNorm, SharedRMSNorm
 from gpu_worker.layers.ranks import ALONE, Ranks
 from gpu_worker.model.checkpoint import open_checkpoint
-from gpu_worker.model.cpu_weights import has_panels, panel_dense, panel_experts, panel_linear
+from gpu_worker.model.cpu_weights import has_panels, panel_experts, panel_head, panel_linear
 from gpu_worker.model.decoder import Decoder, DecoderLayer, MemoryReport
 from gpu_worker.model.dummy import plan_dummy
 from gpu_worker.model.gpu_weights import can_stream, can_stream_experts, stream_experts, stream_linear
@@ -47,13 +47,15 @@ def load_model(
     progress: Progress | None = None,
     k_order: KOrderChoice = "auto",
     load_format: LoadFormat = "auto",
+    activations: Activations = "float32",
     ranks: Ranks = ALONE,
 ) -> Decoder:
     """Load the checkpoint in `config.path`, or random weights of its shapes if `load_format` is "dummy".
 
     `progress` is called with (bytes read, bytes to read). Quantized weights are decoded to `dtype`; `k_order`
-    is that of the WINT2 ones, "auto" finds it out. Of a group's `ranks` each loads its part, all of them at
-    the same time. Raises CheckpointError with everything that is wrong with
+    is that of the WINT2 ones, "auto" finds it out. `activations` are those that quantized weights are
+    multiplied with on a CPU. Of a group's `ranks` each loads its part, all of them at the same time.
+    Raises CheckpointError with everything that is wrong with
     the files, before any weight is read.
     """
     whole = _plan(config, device, load_format)
@@ -62,10 +64,11 @@ def load_model(
         _log.info("%s", note)
     if has_panels(device, dtype):
         _log.info("compiling the CPU kernels, unless Numba's cache has them")
-        _log.info("CPU kernels are ready, %.1f s", compile_kernels())
+        _log.info("CPU kernels are ready, %.1f s", compile_kernels(activations))
     # Of the whole model, so that all ranks find the same.
     order = _k_order(_part(whole, config, ALONE), k_order)
-    loader = _Loader(shard_config(config, ranks), device, dtype, order, plan.stored_bytes, progress, ranks)
+    part = shard_config(config, ranks)
+    loader = _Loader(part, device, dtype, order, activations, plan.stored_bytes, progress, ranks)
     return loader.decoder(plan)
 
 
@@ -100,11 +103,13 @@ class _Loader:
         device: torch.device,
         dtype: torch.dtype,
         k_order: KOrder,
+        activations: Activations,
         total_bytes: int,
         progress: Progress | None,
         ranks: Ranks,
     ) -> None:
         self._config, self._device, self._dtype, self._k_order = config, device, dtype, k_order
+        self._activations = activations
         self._ranks = ranks
         self._total_bytes, self._progress = total_bytes, progress
         # Kernels for weights in their stored formats compute in bfloat16.
@@ -182,7 +187,7 @@ class _Loader:
             yield self._dense(expert.up_gate), self._dense(expert.down)
 
     def _panels(self, experts: Sequence[MLPPlan]) -> PanelExperts:
-        panels = panel_experts(experts, self._k_order)
+        panels = panel_experts(experts, self._k_order, self._activations)
         for expert in experts:
             self._count(expert.up_gate)
             self._count(expert.down)
@@ -213,7 +218,7 @@ class _Loader:
         if stored is not None:
             return self._linear(stored)
         if self._has_panels:
-            head = Linear(panel_dense(embedding_VD))
+            head = Linear(panel_head(embedding_VD, self._activations))
             self._held["head"] += head.nbytes
             return head
         weight = pack_dense(embedding_VD)
@@ -225,7 +230,7 @@ class _Loader:
         self, stored: StoredLinear, dtype: torch.dtype | None = None, *, is_gated: bool = False
     ) -> Linear:
         if self._has_panels:
-            linear = Linear(panel_linear(stored, self._k_order))
+            linear = Linear(panel_linear(stored, self._k_order, self._activations))
             self._count(stored)
         elif self._streams and can_stream(stored):
             linear = Linear(stream_linear(stored, is_gated=is_gated))

@@ -9,12 +9,15 @@ import time
 
 import numba
 import numpy as np
+import torch
 
 from cuda_kernels.cpu import kernels
+from cuda_kernels.cpu.quantized import quantize_rows
 
 INPUTS, PANELS, ROUNDS = 576, 32, 30
 BYTES = {"float32": 256 * INPUTS, "bfloat16": 128 * INPUTS, "wint8": 64 * INPUTS, "wint4": 32 * INPUTS}
 BYTES["wint2"] = 512 + 5 * (64 + 2048)
+BYTES |= {f"{name}_dot": BYTES[name] for name in ("wint8", "wint4", "wint2")}
 
 
 @numba.njit(nogil=True)
@@ -26,11 +29,13 @@ def products(kernel, x_rows, y_rows, num_rows, data, scale, panel_bytes):
 
 def rate(name: str, num_rows: int) -> float:
     """Multiply-adds a second, best of the rounds."""
-    data = np.full(PANELS * 64 * INPUTS, 0.5, np.float32)
+    data = torch.full((PANELS * 64 * INPUTS,), 0.5)  # which starts at a cache line, as weights do
     x, y = np.ones((num_rows, INPUTS), np.float32), np.zeros((num_rows, 64), np.float32)
+    if name.endswith("_dot"):
+        x = quantize_rows(x.ctypes.data, x.strides[0], num_rows, INPUTS)
     scale = np.ones(64, np.float32)
     x_rows, y_rows = (np.array([row.ctypes.data for row in rows]) for rows in (x, y))
-    addresses = x_rows.ctypes.data, y_rows.ctypes.data, num_rows, data.ctypes.data, scale.ctypes.data
+    addresses = x_rows.ctypes.data, y_rows.ctypes.data, num_rows, data.data_ptr(), scale.ctypes.data
     best = np.inf
     for _ in range(ROUNDS):
         start = time.perf_counter()
