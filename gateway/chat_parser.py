@@ -4,7 +4,7 @@
 
 A text that may become a tag is held back. Blanks around tags belong to nobody. What stands between the tags
 of a call may be one call or a list of them; anything else, and calls of functions that nobody offered, stay
-content.
+content. A call's name and arguments are told as they are written where that is possible.
 """
 
 from __future__ import annotations
@@ -14,30 +14,42 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from gateway.call_reader import CallPiece, CallReader, ToolCall, open_call
+
 THINK, END_THINK = "<think>", "</think>"
 CALL, END_CALL = "<tool_call>", "</tool_call>"
 RESPONSE, END_RESPONSE = "<response>", "</response>"
 DECODER = json.JSONDecoder()
 
 
-@dataclass(frozen=True)
-class ToolCall:
-    """A function's name and its arguments as JSON text."""
-
-    name: str
-    arguments: str
-
-
 @dataclass
 class Parts:
-    """What a piece of text turned out to be."""
+    """What a piece of text turned out to be. `calls` are those that became whole, `pieces` how they grew."""
 
     content: str = ""
     reasoning: str = ""
     calls: list[ToolCall] = field(default_factory=list)
+    pieces: list[CallPiece] = field(default_factory=list, compare=False)
 
     def __add__(self, other: Parts) -> Parts:
-        return Parts(self.content + other.content, self.reasoning + other.reasoning, self.calls + other.calls)
+        return Parts(
+            self.content + other.content,
+            self.reasoning + other.reasoning,
+            self.calls + other.calls,
+            self.pieces + other.pieces,
+        )
+
+    def add_call(self, call: ToolCall) -> None:
+        self.calls.append(call)
+        self.pieces.append(CallPiece(call.name, call.arguments))
+
+    def extend_call(self, arguments: str) -> None:
+        """More of the call that was begun last."""
+        if self.pieces:
+            last = self.pieces[-1]
+            self.pieces[-1] = CallPiece(last.name, last.arguments + arguments)
+        elif arguments:
+            self.pieces.append(CallPiece(None, arguments))
 
 
 @dataclass(frozen=True)
@@ -74,6 +86,8 @@ class _State(Enum):
     REASONING = auto()
     CALL = auto()
     FORCED_CALL = auto()
+    ARGUMENTS = auto()
+    TAIL = auto()
 
 
 END_TAGS = {_State.REASONING: (END_THINK,), _State.CALL: (END_CALL,)}
@@ -92,6 +106,7 @@ class ChatParser:
         self._buffer = ""
         self._blanks = ""
         self._is_fresh = True
+        self._call = CallReader("")
 
     def feed(self, text: str) -> Parts:
         """What became certain with `text`."""
@@ -105,6 +120,10 @@ class ChatParser:
         """What was held back."""
         parts = Parts()
         rest, self._buffer = self._buffer, ""
+        if self._state is _State.ARGUMENTS:
+            parts.calls.append(ToolCall(self._call.name, self._call.arguments))
+        if self._state in (_State.ARGUMENTS, _State.TAIL):
+            return parts
         if self._state is _State.FORCED_CALL:
             rest = rest.strip(" \n\t[],")
         self._take_run(rest, parts, end_tag="")
@@ -112,8 +131,17 @@ class ChatParser:
 
     def _advance(self, parts: Parts) -> bool:
         """Takes one run of text from the buffer; False when more text is needed."""
+        if self._state is _State.ARGUMENTS:
+            return self._take_arguments(parts)
+        if self._state is _State.TAIL:
+            return self._skip_tail()
+        if self._state in (_State.CALL, _State.FORCED_CALL) and self._open_call(parts):
+            return True
         if self._state is _State.FORCED_CALL:
             return self._take_object(parts)
+        return self._take_tagged(parts)
+
+    def _take_tagged(self, parts: Parts) -> bool:
         tags = END_TAGS.get(self._state, self._syntax.content_tags)
         place, tag = find_first(self._buffer, tags)
         if tag is None and self._state is _State.CALL:
@@ -131,7 +159,8 @@ class ChatParser:
             return
         if self._state is _State.CALL:
             calls = parse_calls(run, self._syntax.functions)
-            parts.calls += calls or []
+            for call in calls or ():
+                parts.add_call(call)
             run = "" if calls else f"{CALL}{run}{end_tag}"
         parts.content += self._without_blanks(run)
 
@@ -152,9 +181,39 @@ class ChatParser:
             return False
         text, self._buffer = self._buffer[start:end], self._buffer[end:]
         call = parse_call(value, self._syntax.functions)
-        parts.calls += [call] if call else []
-        parts.content += "" if call else text
+        if call:
+            parts.add_call(call)
+        else:
+            parts.content += text
         return True
+
+    def _open_call(self, parts: Parts) -> bool:
+        """Begins a call that can be told before it is whole."""
+        opened = open_call(self._buffer, self._syntax.functions)
+        if opened is None:
+            return False
+        self._call, self._buffer = opened
+        parts.pieces.append(CallPiece(self._call.name, ""))
+        self._state = _State.ARGUMENTS
+        return True
+
+    def _take_arguments(self, parts: Parts) -> bool:
+        count = self._call.take(self._buffer)
+        parts.extend_call(self._buffer[:count])
+        self._buffer = self._buffer[count:]
+        if self._call.is_over:
+            parts.calls.append(ToolCall(self._call.name, self._call.arguments))
+            self._state = _State.TAIL
+        return self._call.is_over
+
+    def _skip_tail(self) -> bool:
+        """What closes a call is nobody's."""
+        end = "}" if self._syntax.is_forced_call else END_CALL
+        _, found, after = self._buffer.partition(end)
+        if found:
+            self._buffer, self._blanks, self._is_fresh = after, "", True
+            self._state = _State.FORCED_CALL if self._syntax.is_forced_call else _State.CONTENT
+        return bool(found)
 
 
 def find_first(text: str, tags: tuple[str, ...]) -> tuple[int, str | None]:

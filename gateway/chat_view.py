@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Sequence
 from typing import Any
 
+from gateway.call_reader import CallPiece
 from gateway.chat_parser import END_THINK, RESPONSE, THINK, ChatParser, ChatSyntax, Parts
 from gateway.chat_schemas import ChatCompletionRequest
 from gateway.logprobs import logprob_entry
@@ -90,27 +92,37 @@ class ChatView(View):
         return (self._parts_delta(index, parser.finish()) if parser else {}) or self._no_delta
 
     def _parts_delta(self, index: int, parts: Parts) -> Json:
-        first = self._num_calls.get(index, 0)
-        calls = [
-            {"index": number, **call} for number, call in enumerate(self._call_entries(index, parts), first)
-        ]
+        calls = [entry for piece in parts.pieces if (entry := self._piece_entry(index, piece))]
         told = {"content": parts.content, "reasoning_content": parts.reasoning, "tool_calls": calls}
         delta = {name: value for name, value in told.items() if value}
         return {"delta": delta} if delta else {}
 
+    def _piece_entry(self, index: int, piece: CallPiece) -> Json | None:
+        """The beginning of a call, or more of its arguments."""
+        is_new = piece.name is not None
+        number = self._num_calls[index] = self._num_calls.get(index, 0) + is_new
+        if number > self._max_calls:
+            return None
+        head = {"id": call_id(), "type": "function"} if is_new else {}
+        function = {"name": piece.name} if is_new else {}
+        return {"index": number - 1, **head, "function": {**function, "arguments": piece.arguments}}
+
+    @property
+    def _max_calls(self) -> float:
+        """Without parallel calls only a choice's first one counts."""
+        return 1 if self.body.parallel_tool_calls is False else math.inf
+
     def _call_entries(self, index: int, parts: Parts) -> list[Json]:
-        """The new calls; without parallel calls only a choice's first one counts."""
-        so_far = self._num_calls.get(index, 0)
-        calls = parts.calls if self.body.parallel_tool_calls is not False else parts.calls[: 1 - so_far]
-        self._num_calls[index] = so_far + len(calls)
-        return [
+        self._num_calls[index] = len(parts.calls)
+        entries = [
             {
-                "id": f"call_{uuid.uuid4().hex[:24]}",
+                "id": call_id(),
                 "type": "function",
                 "function": {"name": call.name, "arguments": call.arguments},
             }
-            for call in calls
+            for call in parts.calls
         ]
+        return entries[:1] if self.body.parallel_tool_calls is False else entries
 
     def _ending(self, event: Finished) -> Json:
         ending = super()._ending(event)
@@ -120,3 +132,7 @@ class ChatView(View):
 
     def _format(self, index: int, logprobs: Sequence[PositionLogprobs], texts: dict[int, str]) -> Json:
         return {"content": [logprob_entry(position, texts) for position in logprobs]}
+
+
+def call_id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"

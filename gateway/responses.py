@@ -61,8 +61,16 @@ class ToolCall(TypedDict):
     function: CalledFunction
 
 
-class ToolCallDelta(ToolCall):
+class CalledFunctionDelta(TypedDict):
+    name: NotRequired[str]  # in a call's first piece
+    arguments: str  # the next piece of the text
+
+
+class ToolCallDelta(TypedDict):
     index: int
+    id: NotRequired[str]  # in a call's first piece, and so the type
+    type: NotRequired[Literal["function"]]
+    function: CalledFunctionDelta
 
 
 class AnswerMessage(TypedDict):

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.chat_parser import ChatParser, ChatSyntax, Parts, ToolCall
+from gateway.call_reader import CallPiece, ToolCall
+from gateway.chat_parser import ChatParser, ChatSyntax, Parts
 
 TOOLS = ChatSyntax(functions=("f", "g"))
 THINKING = ChatSyntax(has_reasoning=True, has_response_tags=True, functions=("f",))
@@ -40,6 +41,17 @@ def parse(syntax: ChatSyntax, *pieces: str) -> Parts:
         (THINKING, "<think>never ends", Parts("", "never ends")),
         (ChatSyntax(has_reasoning=True, opens_in_reasoning=True), "why\n</think>\nso", Parts("so", "why")),
         (FORCED, '[{"name":"g","arguments":{}},\n{"name":"g"}]', Parts(calls=[G, G])),
+        (TOOLS, '<tool_call>{"name":"f","arguments":{"a": 1', Parts(calls=[ToolCall("f", '{"a": 1')])),
+        (
+            TOOLS,
+            '<tool_call>{"name":"f","arguments":{"a":"\\"}</tool_call>"}}</tool_call>!',
+            Parts("!", calls=[ToolCall("f", '{"a":"\\"}</tool_call>"}')]),
+        ),
+        (
+            TOOLS,
+            '<tool_call>{"name":"g","arguments":{</tool_call>so',
+            Parts("so", calls=[ToolCall("g", "{")]),
+        ),
         (FORCED, '[{"name":"g","arguments":{}},{"na', Parts('{"na', calls=[G])),
     ],
 )
@@ -48,8 +60,22 @@ def test_parts_in_one_piece_and_letter_by_letter(syntax: ChatSyntax, text: str, 
     assert parse(syntax, *text) == expected
 
 
+def test_a_calls_name_and_arguments_are_told_as_they_are_written() -> None:
+    parser = ChatParser(TOOLS)
+    texts = ['<tool_call>{"name": "f", "argu', 'ments": {"ci', 'ty": "Bern"', "}}</tool_call>"]
+    assert [parser.feed(text).pieces for text in texts] == [
+        [],
+        [CallPiece("f", '{"ci')],
+        [CallPiece(None, 'ty": "Bern"')],
+        [CallPiece(None, "}")],
+    ]
+
+
 TAGS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
-FRAGMENTS = st.lists(st.sampled_from((*TAGS, '{"name": "f"}', *"x \n<é[]", "</t")), max_size=12).map("".join)
+FRAGMENTS = st.lists(
+    st.sampled_from((*TAGS, '{"name": "f"}', '{"name":"f","arguments":{', "}", '"', *"x \n<é[]", "</t")),
+    max_size=12,
+).map("".join)
 
 
 @given(FRAGMENTS, st.lists(st.integers(1, 5), max_size=20), st.sampled_from([TOOLS, THINKING, FORCED]))

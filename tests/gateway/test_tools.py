@@ -54,13 +54,19 @@ async def test_calls(stack: Stack, worker: FakeWorker) -> None:
 
 async def test_streamed_calls(stack: Stack, worker: FakeWorker) -> None:
     say(worker, ANSWER)
-    content, calls, reasons = "", [], []
+    content, calls, reasons, num_pieces = "", [], [], 0
     async for chunk in await ask(stack, stream=True):
         [choice] = chunk.choices
         content += choice.delta.content or ""
-        calls += choice.delta.tool_calls or []
+        for piece in choice.delta.tool_calls or []:
+            if piece.id:
+                calls.append(piece)
+            else:
+                calls[piece.index].function.arguments += piece.function.arguments
+                num_pieces += 1
         reasons.append(choice.finish_reason)
     assert content == "I look."
+    assert num_pieces > len('"city"')  # arguments come as they are written
     assert [(call.index, call.function.name, call.function.arguments) for call in calls] == [
         (0, "weather", '{"city": "Bern"}'),
         (1, "time", "{}"),
