@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from gateway.call_reader import CallPiece
@@ -114,14 +115,7 @@ class ChatView(View):
 
     def _call_entries(self, index: int, parts: Parts) -> list[Json]:
         self._num_calls[index] = len(parts.calls)
-        entries = [
-            {
-                "id": call_id(),
-                "type": "function",
-                "function": {"name": call.name, "arguments": call.arguments},
-            }
-            for call in parts.calls
-        ]
+        entries = [{"id": call_id(), "type": "function", "function": asdict(call)} for call in parts.calls]
         return entries[:1] if self.body.parallel_tool_calls is False else entries
 
     def _ending(self, event: Finished) -> Json:

