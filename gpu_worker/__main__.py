@@ -19,7 +19,7 @@ from prometheus_client import CollectorRegistry
 
 from gpu_worker import facts
 from gpu_worker.engine.build import BuiltEngine, EngineArgs, build_engine
-from gpu_worker.engine.errors import EngineArgsError
+from gpu_worker.engine.errors import EngineArgsError, RankError
 from gpu_worker.engine.loop import EngineLoop
 from gpu_worker.health import WorkerHealth
 from gpu_worker.metrics import PREFIX, VLLM_PREFIX, EngineCollector, EngineFacts, RequestMetrics
@@ -42,6 +42,7 @@ logger = logging.getLogger(__name__)
 SERVICE = worker_pb2.DESCRIPTOR.services_by_name["WorkerService"]
 CLOSE_SECONDS = 5.0
 PROGRESS_SECONDS = 2.0
+RANKS_SECONDS = 0.2
 
 
 def main() -> None:
@@ -79,7 +80,7 @@ async def run(
         if vllm := load_vllm(settings):
             server.add(vllm.vllm_service(worker.servicer))
         registrars = worker.registrars(settings.advertise or address)
-        async with background(shutdown, worker.health.run(server), *registrars):
+        async with background(shutdown, worker.health.run(server), watch_ranks(built, shutdown), *registrars):
             await server.serve(shutdown, drain_timeout_seconds=settings.drain_timeout)
 
 
@@ -108,6 +109,8 @@ def build(settings: WorkerSettings) -> BuiltEngine:
         raise StartupError(
             f"--{str(error).replace(error.field, error.field.replace('_', '-'), 1)}"
         ) from error
+    except RankError as error:
+        raise FatalError(str(error)) from error
     for line in built.description:
         logger.info(line)
     return built
@@ -189,6 +192,14 @@ async def running(built: BuiltEngine) -> AsyncIterator[EngineLoop]:
         yield loop
     finally:
         await _within(CLOSE_SECONDS, loop.close)
+        built.close()
+
+
+async def watch_ranks(built: BuiltEngine, shutdown: Shutdown) -> None:
+    """Ends the process, and says why, once another rank of its group has ended; cancel it otherwise."""
+    while built.failure is None:
+        await asyncio.sleep(RANKS_SECONDS)
+    shutdown.request(failure=built.failure)
 
 
 async def _within(seconds: float, function: Callable[[], None]) -> None:

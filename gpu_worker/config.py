@@ -115,6 +115,7 @@ class EngineConfig:
     scheduler: SchedulerConfig
     device: torch.device
     dtype: torch.dtype
+    tensor_parallel_size: int = 1
     use_cudagraph: bool = True
     overlap: bool = False  # tell of a step while the device computes the next
     seed: int = 0  # of the seeds given to requests that bring none

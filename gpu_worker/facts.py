@@ -37,7 +37,7 @@ def server_info(config: EngineConfig) -> worker_pb2.GetServerInfoResponse:
         instance_id=uuid.uuid4().hex,
         device=device_name(config.device),
         dtype=str(config.dtype).removeprefix("torch."),
-        tensor_parallel_size=1,
+        tensor_parallel_size=config.tensor_parallel_size,
         block_size=cache.block_size,
         num_kv_blocks=cache.num_blocks,
         max_num_seqs=limits.max_num_seqs,

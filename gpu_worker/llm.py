@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +68,7 @@ class LLM:
         for line in (*built.description, *notes):
             logger.info(line)
         self._model, self._engine = built.model, built.engine
+        weakref.finalize(self, built.close)
         self._num_requests = 0
 
     def get_tokenizer(self) -> Tokenizer:

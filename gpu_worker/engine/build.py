@@ -20,6 +20,7 @@ from gpu_worker.engine.devices import (
 )
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.errors import EngineArgsError
+from gpu_worker.engine.followers import Followers, LeadCache, LeadGraphs, LeadModel
 from gpu_worker.engine.gpu_kernels import build_kernels
 from gpu_worker.engine.grammars import Grammars
 from gpu_worker.engine.memory import (
@@ -33,13 +34,16 @@ from gpu_worker.engine.memory import (
 from gpu_worker.engine.phases import Phases
 from gpu_worker.engine.preflight import check_weights_fit
 from gpu_worker.engine.profiling import measure_activation_bytes
-from gpu_worker.engine.prompt_graphs import PromptGraphs
+from gpu_worker.engine.prompt_graphs import PromptGraphs, is_launch_bound
+from gpu_worker.engine.runner import Model
 from gpu_worker.layers.kv_cache import KVCache
+from gpu_worker.layers.ranks import ALONE, Ranks
 from gpu_worker.model.config_reader import read_model_config
 from gpu_worker.model.decoder import Decoder
 from gpu_worker.model.expert_counts import with_expert_counts
 from gpu_worker.model.k_order import KOrderChoice
 from gpu_worker.model.loader import LoadFormat, load_model
+from gpu_worker.model.sharding import degree_problem
 
 Progress = Callable[[int, int], None]
 
@@ -73,16 +77,11 @@ class EngineArgs:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.tensor_parallel_size != 1:
-            raise EngineArgsError(
-                "tensor_parallel_size",
-                f"must be 1: a worker runs the model on one device, got {self.tensor_parallel_size}",
-            )
         for name, choices in CHOICES.items():
             if getattr(self, name) not in get_args(choices):
                 wanted = " or ".join(get_args(choices))
                 raise EngineArgsError(name, f"must be {wanted}, got {getattr(self, name)!r}")
-        for name in ("max_num_seqs", "max_num_batched_tokens", "block_size"):
+        for name in ("tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens", "block_size"):
             if getattr(self, name) < 1:
                 raise EngineArgsError(name, f"must be at least 1, got {getattr(self, name)}")
         if self.max_num_batched_tokens < self.max_num_seqs:
@@ -94,16 +93,39 @@ class EngineArgs:
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """What a rank computes with: its part of the model, the KV cache of its heads, CUDA graphs of both."""
+
+    config: EngineConfig
+    ranks: Ranks
+    decoder: Decoder
+    model: Model
+    kv_cache: KVCache
+    graphs: DecodeGraphs | None
+
+
+@dataclass(frozen=True, slots=True)
 class BuiltEngine:
-    """An engine, its model, and what was found on the way, a line each."""
+    """An engine, its model, and what was found on the way, a line each. `close` it at the end."""
 
     engine: Engine
     model: Decoder
     description: tuple[str, ...]
+    followers: Followers | None = None
 
     @property
     def config(self) -> EngineConfig:
         return self.engine.config
+
+    @property
+    def failure(self) -> str | None:
+        """Why the engine cannot go on, if another rank's end is why."""
+        return self.followers.failure if self.followers else None
+
+    def close(self) -> None:
+        """Ends the processes of the other ranks."""
+        if self.followers:
+            self.followers.close()
 
 
 def build_engine(
@@ -111,32 +133,83 @@ def build_engine(
     progress: Progress | None = None,
     make_grammars: Callable[[ModelConfig], Grammars] | None = None,
 ) -> BuiltEngine:
-    """Loads the model and makes an engine. Raises ConfigError, CheckpointError or EngineArgsError.
+    """Loads the model and makes an engine. Raises ConfigError, CheckpointError, EngineArgsError or RankError.
 
     `progress` is called with the bytes of weights read so far and in all. Without grammars, requests for
     structured output are refused.
     """
     phases = Phases()
-    choice = choose_device(args.device)
+    size = args.tensor_parallel_size
+    choice = choose_device(args.device, 0, size)
+    model_config = read_model_config(args.model)
+    if problem := degree_problem(model_config, size):
+        raise EngineArgsError("tensor_parallel_size", problem)
+    check_weights_fit(model_config, choice, args.gpu_memory_utilization, size)
+    phases.end("preflight")
+    if size == 1:
+        return _build(args, model_config, choice, None, phases, progress, make_grammars)
+    followers = Followers(size, choice.device, args)
+    phases.end("ranks")
+    try:
+        with followers.explained():
+            return _build(args, model_config, choice, followers, phases, progress, make_grammars)
+    except BaseException:
+        followers.close()
+        raise
+
+
+def _build(
+    args: EngineArgs,
+    model_config: ModelConfig,
+    choice: DeviceChoice,
+    followers: Followers | None,
+    phases: Phases,
+    progress: Progress | None,
+    make_grammars: Callable[[ModelConfig], Grammars] | None,
+) -> BuiltEngine:
+    ranks = followers.ranks if followers else ALONE
+    part = build_part(args, model_config, choice, ranks, progress, phases)
+    grammars = make_grammars(part.config.model) if make_grammars else None
+    phases.end("grammars")
+    engine = _engine(part, followers, grammars)
+    lines = *_describe(args, part.config, choice, part.decoder, part.kv_cache), f"start: {phases}"
+    return BuiltEngine(engine, part.decoder, lines, followers)
+
+
+def _engine(part: Part, followers: Followers | None, grammars: Grammars | None) -> Engine:
+    if followers is None:
+        return Engine(part.config, part.model, part.kv_cache, part.graphs, grammars)
+    graphs = LeadGraphs(part.graphs, followers) if part.graphs else None
+    model, kv_cache = LeadModel(part.model, followers), LeadCache(part.kv_cache, followers)
+    return Engine(part.config, model, kv_cache, graphs, grammars)
+
+
+def build_part(
+    args: EngineArgs,
+    model_config: ModelConfig,
+    choice: DeviceChoice,
+    ranks: Ranks,
+    progress: Progress | None = None,
+    phases: Phases | None = None,
+) -> Part:
+    """One rank's part; all ranks of a group build theirs at the same time."""
+    phases = phases or Phases()
+    if choice.device.type == "cpu" and ranks.size > 1:
+        torch.set_num_threads(max(1, torch.get_num_threads() // ranks.size))
     dtype = choose_dtype(args.dtype, choice.device)
     cache_dtype = choose_cache_dtype(args.kv_cache_dtype, dtype, choice.device)
-    model_config = read_model_config(args.model)
-    check_weights_fit(model_config, choice, args.gpu_memory_utilization)
-    phases.end("preflight")
-    model = _load(args, model_config, choice.device, dtype, progress)
+    decoder = _load(args, model_config, choice.device, dtype, ranks, progress)
     phases.end("weights")
-    build_kernels(model, choice.device, cache_dtype)
+    build_kernels(decoder, choice.device, cache_dtype)
     phases.end("kernels")
     if args.count_expert_tokens:
-        model = with_expert_counts(model)
-    config = _plan(args, choice.device, dtype, cache_dtype, model)
-    kv_cache = _kv_cache(config)
+        decoder = with_expert_counts(decoder)
+    config = _plan(args, model_config, choice.device, dtype, cache_dtype, decoder)
+    kv_cache = _kv_cache(config, decoder.config)
     phases.end("KV cache")
-    grammars = make_grammars(model_config) if make_grammars else None
-    phases.end("grammars")
-    engine = _engine(config, model, kv_cache, grammars)
+    model, graphs = _capture(config, decoder, kv_cache)
     phases.end("CUDA graphs")
-    return BuiltEngine(engine, model, (*_describe(args, config, choice, model, kv_cache), f"start: {phases}"))
+    return Part(config, ranks, decoder, model, kv_cache, graphs)
 
 
 def _load(
@@ -144,6 +217,7 @@ def _load(
     model_config: ModelConfig,
     device: torch.device,
     dtype: torch.dtype,
+    ranks: Ranks,
     progress: Progress | None,
 ) -> Decoder:
     return load_model(
@@ -154,11 +228,12 @@ def _load(
         load_format=args.load_format,
         k_order=args.k_order,
         activations=choose_activations(args.cpu_activations, model_config, device),
+        ranks=ranks,
     )
 
 
-def _kv_cache(config: EngineConfig) -> KVCache:
-    shape, cache = config.model, config.cache
+def _kv_cache(config: EngineConfig, shape: ModelConfig) -> KVCache:
+    cache = config.cache
     return KVCache(
         shape.num_hidden_layers,
         cache.num_blocks,
@@ -171,11 +246,15 @@ def _kv_cache(config: EngineConfig) -> KVCache:
 
 
 def _plan(
-    args: EngineArgs, device: torch.device, dtype: torch.dtype, cache_dtype: torch.dtype, model: Decoder
+    args: EngineArgs,
+    model_config: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    cache_dtype: torch.dtype,
+    model: Decoder,
 ) -> EngineConfig:
-    model_config = model.config
     config_len = model_config.max_position_embeddings
-    block_bytes = kv_block_bytes(model_config, args.block_size, cache_dtype)
+    block_bytes = kv_block_bytes(model.config, args.block_size, cache_dtype)
     wanted_len = args.max_model_len or config_len
     config = EngineConfig(
         model=model_config,
@@ -188,11 +267,13 @@ def _plan(
         ),
         device=device,
         dtype=dtype,
+        tensor_parallel_size=args.tensor_parallel_size,
         use_cudagraph=args.use_cudagraph and device.type == "cuda",
         overlap=device.type == "cuda",
         seed=args.seed,
     )
     num_blocks = args.num_kv_blocks or _cache_bytes(args, config, block_bytes, model) // block_bytes
+    num_blocks = model.ranks.least(num_blocks, device)
     plan = plan_cache(num_blocks, args.block_size, block_bytes, args.max_model_len, config_len)
     budget = args.max_num_batched_tokens
     if not args.enable_chunked_prefill:
@@ -204,16 +285,18 @@ def _plan(
     )
 
 
-def _engine(config: EngineConfig, model: Decoder, kv_cache: KVCache, grammars: Grammars | None) -> Engine:
+def _capture(config: EngineConfig, decoder: Decoder, kv_cache: KVCache) -> tuple[Model, DecodeGraphs | None]:
+    """The model, with CUDA graphs of short prompts, and those of decode steps."""
     if not config.use_cudagraph:
-        return Engine(config, model, kv_cache, None, grammars)
-    limits, capture = config.scheduler, CudaCapture()
+        return decoder, None
+    limits, capture, ranks = config.scheduler, CudaCapture(), decoder.ranks
     max_blocks = -(-limits.max_model_len // config.cache.block_size)
-    decodes = DecodeGraphs(model, kv_cache, limits.max_num_seqs, max_blocks, config.device)
+    decodes = DecodeGraphs(decoder, kv_cache, limits.max_num_seqs, max_blocks, config.device)
     decodes.capture(capture)
-    prompts = PromptGraphs(model, kv_cache, max_blocks, config.device)
-    prompts.capture(capture)
-    return Engine(config, prompts, kv_cache, decodes, grammars)
+    prompts = PromptGraphs(decoder, kv_cache, max_blocks, config.device)
+    # All ranks, or none: what one replays the others must.
+    prompts.capture(capture, lambda run: bool(ranks.least(is_launch_bound(run), config.device)))
+    return prompts, decodes
 
 
 def _cache_bytes(args: EngineArgs, config: EngineConfig, block_bytes: int, model: Decoder) -> int:
@@ -222,7 +305,8 @@ def _cache_bytes(args: EngineArgs, config: EngineConfig, block_bytes: int, model
     if config.device.type == "cuda":
         return cuda_cache_bytes(args.gpu_memory_utilization, measure_activation_bytes(model, config))
     limits = config.scheduler
-    return cpu_cache_bytes(limits.max_num_seqs, block_bytes // args.block_size, limits.max_model_len)
+    token_bytes = block_bytes // args.block_size
+    return cpu_cache_bytes(limits.max_num_seqs, token_bytes, limits.max_model_len, args.tensor_parallel_size)
 
 
 def describe_quantization(quantization: QuantizationConfig, num_layers: int) -> str:

@@ -25,8 +25,8 @@ class DeviceChoice:
     reason: str
 
 
-def choose_device(wanted: str) -> DeviceChoice:
-    """`wanted` is auto, cpu or cuda; auto takes the GPU if it can be used."""
+def choose_device(wanted: str, rank: int = 0, size: int = 1) -> DeviceChoice:
+    """That of a rank of `size`. `wanted` is auto, cpu or cuda; auto takes the GPU if it can be used."""
     if wanted not in ("auto", "cpu", "cuda"):
         raise EngineArgsError("device", f"must be auto, cpu or cuda, got {wanted!r}")
     obstacle = "" if wanted == "cpu" else _cuda_obstacle()
@@ -34,6 +34,10 @@ def choose_device(wanted: str) -> DeviceChoice:
         raise EngineArgsError("device", f"cuda cannot be used: {obstacle}")
     if wanted == "cpu" or obstacle:
         return DeviceChoice(torch.device("cpu"), obstacle or "as asked")
+    if (count := torch.cuda.device_count()) < size:
+        raise EngineArgsError("tensor_parallel_size", f"{size} needs {size} GPUs, this machine has {count}")
+    if size > 1:
+        torch.cuda.set_device(rank)
     major, minor = torch.cuda.get_device_capability()
     return DeviceChoice(
         torch.device("cuda", torch.cuda.current_device()),

@@ -19,6 +19,10 @@ class EngineDeadError(RuntimeError):
     """The device failed; no request can run until the process is started again."""
 
 
+class RankError(RuntimeError):
+    """Another rank of the tensor-parallel group has ended, and with it all that the group computes."""
+
+
 class EngineDrainingError(RuntimeError):
     """The engine finishes what it has and takes nothing new."""
 

@@ -3,7 +3,8 @@
              CUDA                                               CPU
 total x gpu_memory_utilization                         a quarter of the memory now available,
 - what is in use (weights, CUDA itself)                but no more than `max_num_seqs` sequences
-- the largest step's activations, measured             of a thousand tokens can fill
+- the largest step's activations, measured             of a thousand tokens can fill; the ranks of a
+                                                       tensor-parallel group share both
 """
 
 from __future__ import annotations
@@ -65,10 +66,10 @@ def available_cpu_bytes() -> int:
     return max(0, min(limits))
 
 
-def cpu_cache_bytes(max_num_seqs: int, token_bytes: int, max_model_len: int) -> int:
-    """What the cache takes when nobody says, in bytes."""
+def cpu_cache_bytes(max_num_seqs: int, token_bytes: int, max_model_len: int, num_ranks: int = 1) -> int:
+    """What the cache of one rank takes when nobody says, in bytes."""
     tokens = max(max_num_seqs * _CPU_TOKENS_PER_SEQUENCE, max_model_len)
-    return min(tokens * token_bytes, int(available_cpu_bytes() * _CPU_SHARE))
+    return min(tokens * token_bytes, int(available_cpu_bytes() * _CPU_SHARE / num_ranks))
 
 
 def cuda_cache_bytes(utilization: float, activation_bytes: int) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,15 +19,18 @@ from gpu_worker.config import ModelConfig
 from gpu_worker.engine.devices import DeviceChoice
 from gpu_worker.engine.errors import EngineArgsError
 from gpu_worker.engine.memory import GIB, available_cpu_bytes, kv_block_bytes
+from gpu_worker.layers.ranks import Ranks
 from gpu_worker.model.dummy import plan_dummy
+from gpu_worker.model.sharding import degree_problem, shard_config, shard_plan
 
 RESERVED_BYTES = 2 * GIB
 GPU_SIZES_GIB = (24, 48, 80, 141)
+DEGREES = (2, 4, 8)
 
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Bytes of weights by (kind, format), and of the KV cache by token."""
+    """Bytes of weights by (kind, format), and of the KV cache by token, on one rank."""
 
     weights: Counter[tuple[str, str]]
     cache_dtype: torch.dtype
@@ -61,36 +64,67 @@ class Footprint:
         )
 
 
-def footprint(config: ModelConfig, cache_dtype: torch.dtype = torch.bfloat16) -> Footprint:
+def footprint(
+    config: ModelConfig, cache_dtype: torch.dtype = torch.bfloat16, num_ranks: int = 1
+) -> Footprint:
     weights: Counter[tuple[str, str]] = Counter()
-    for weight in plan_dummy(config).weights():
+    ranks = Ranks(0, num_ranks)
+    plan = plan_dummy(config)
+    for weight in (plan if num_ranks == 1 else shard_plan(plan, config, ranks)).weights():
         weights[weight.kind, weight.format] += weight.stored_bytes
-    token_bytes = kv_block_bytes(config, 1, cache_dtype)
+    token_bytes = kv_block_bytes(shard_config(config, ranks), 1, cache_dtype)
     return Footprint(weights, cache_dtype, token_bytes, config.max_position_embeddings)
 
 
-def fits(found: Footprint, utilization: float = 0.9) -> Iterator[str]:
-    """For GPUs of common sizes, the context that fits."""
-    for size in GPU_SIZES_GIB:
-        length = found.largest_model_len(int(size * GIB * utilization))
-        fitting = f"context up to {length} tokens" if length else "too small"
-        yield f"GPU of {size} GiB: {fitting}"
-    yield f"smallest GPU: {found.smallest_gpu_gib(utilization)} GiB"
+def footprints(config: ModelConfig, cache_dtype: torch.dtype = torch.bfloat16) -> dict[int, Footprint]:
+    """By the number of ranks, of those that can share the model."""
+    degrees = [size for size in (1, *DEGREES) if degree_problem(config, size) is None]
+    return {size: footprint(config, cache_dtype, size) for size in degrees}
 
 
-def check_weights_fit(config: ModelConfig, choice: DeviceChoice, utilization: float) -> None:
+def fits(found: Mapping[int, Footprint], utilization: float = 0.9) -> Iterator[str]:
+    """For GPUs of common sizes, the context that fits on one, or on the fewest that can serve."""
+    for gib in GPU_SIZES_GIB:
+        lengths = {
+            degree: one.largest_model_len(int(gib * GIB * utilization)) for degree, one in found.items()
+        }
+        enough = next((degree for degree, length in lengths.items() if length), None)
+        yield f"GPU of {gib} GiB: " + (
+            "too small"
+            if enough is None
+            else f"context up to {lengths[1]} tokens"
+            if enough == 1
+            else f"too small; --tensor-parallel-size {enough}: context up to {lengths[enough]} tokens"
+        )
+    yield f"smallest GPU: {found[1].smallest_gpu_gib(utilization)} GiB"
+
+
+def check_weights_fit(
+    config: ModelConfig, choice: DeviceChoice, utilization: float, num_ranks: int = 1
+) -> None:
     """Raises EngineArgsError, with numbers and the remedy, before anything of a hopeless model is read."""
-    found = footprint(config)
+    found = footprint(config, num_ranks=num_ranks)
     if choice.device.type == "cpu":
-        limit, where = available_cpu_bytes(), "of memory are available"
-        remedy = "use a machine with more"
+        needed, limit = found.weight_bytes * num_ranks, available_cpu_bytes()
+        where, remedy = "of memory are available", "use a machine with more"
     else:
         total = torch.cuda.get_device_properties(choice.device).total_memory
-        limit, where = int(total * utilization), f"of this GPU's {total / GIB:.1f} may be used"
-        remedy = f"use one with at least {found.smallest_gpu_gib(utilization)} GiB"
-    if found.weight_bytes > limit:
+        needed, limit = found.weight_bytes, int(total * utilization)
+        where = f"of this GPU's {total / GIB:.1f} may be used"
+        remedy = _remedy(config, limit, num_ranks, utilization)
+    if needed > limit:
+        each = f" on each of {num_ranks} ranks" if num_ranks > 1 and choice.device.type != "cpu" else ""
         raise EngineArgsError(
             "model",
-            f"{config.path}: the weights need {found.weight_bytes / GIB:.1f} GiB, {limit / GIB:.1f} {where}: "
+            f"{config.path}: the weights need {needed / GIB:.1f} GiB{each}, {limit / GIB:.1f} {where}: "
             f"{remedy}",
         )
+
+
+def _remedy(config: ModelConfig, limit_bytes: int, num_ranks: int, utilization: float) -> str:
+    """More GPUs of this size, where they would do; or a larger one."""
+    found = footprints(config)
+    for degree, one in found.items():
+        if degree > num_ranks and one.largest_model_len(limit_bytes):
+            return f"use --tensor-parallel-size {degree}"
+    return f"use one with at least {found[1].smallest_gpu_gib(utilization)} GiB"

@@ -5,17 +5,17 @@ from __future__ import annotations
 import torch
 
 from gpu_worker.config import EngineConfig
-from gpu_worker.engine.runner import Model
 from gpu_worker.layers.batch import Batch
 from gpu_worker.layers.kv_cache import KVCache
+from gpu_worker.model.decoder import Decoder
 
 PADDING_SLOT = -1
 
 
 @torch.inference_mode()
-def measure_activation_bytes(model: Model, config: EngineConfig) -> int:
+def measure_activation_bytes(model: Decoder, config: EngineConfig) -> int:
     """Peak bytes of one step of `max_num_batched_tokens` tokens with every sequence sampled, on a GPU."""
-    shape, limits, device = config.model, config.scheduler, config.device
+    shape, limits, device = model.config, config.scheduler, config.device
     kv_cache = KVCache(
         shape.num_hidden_layers, 1, 1, shape.num_key_value_heads, shape.head_dim, config.cache.dtype, device
     )

@@ -42,7 +42,7 @@ class Ranks:
         if self.size == 1:
             return x_TD
         if x_TD.is_cuda:
-            self.group.allreduce([x_TD]).wait()
+            self.group.allreduce(x_TD).wait()
             return x_TD
         parts = self._gather(x_TD).float()
         total_TD = parts[0]
@@ -63,13 +63,18 @@ class Ranks:
         if self.size == 1:
             return value
         held = torch.tensor([value], device=device)
-        self.group.allreduce([held], dist.ReduceOp.MIN).wait()
+        self.group.allreduce(held, dist.ReduceOp.MIN).wait()
         return int(held)
 
     def broadcast(self, x: torch.Tensor) -> torch.Tensor:
         """Rank 0's x, which overwrites the others'."""
-        self.group.broadcast([x], 0).wait()
+        self.group.broadcast(x, 0).wait()
         return x
+
+    def abort(self) -> None:
+        """Frees whoever waits on a GPU for a rank that is gone; gloo notices by itself."""
+        if dist.is_nccl_available() and isinstance(self.group, dist.ProcessGroupNCCL):
+            self.group.abort()
 
     def _gather(self, x: torch.Tensor) -> torch.Tensor:
         """[size, ...]"""

@@ -16,17 +16,9 @@ from dataclasses import replace
 from cuda_kernels.formats.layout import GROUP_SIZE
 from gpu_worker.config import ModelConfig
 from gpu_worker.layers.ranks import Ranks
-from gpu_worker.model.errors import ConfigError
 from gpu_worker.model.plan import LayerPlan, MLPPlan, ModelPlan, MoEPlan
 from gpu_worker.model.stored_slice import slice_linear, slice_vector
 from gpu_worker.model.stored_weight import StoredLinear, StoredVector
-
-
-def check_degree(config: ModelConfig, size: int) -> None:
-    """Raises ConfigError where `size` ranks cannot share the model."""
-    problem = degree_problem(config, size)
-    if problem is not None:
-        raise ConfigError("tensor_parallel_size", f"tensor_parallel_size: {problem}")
 
 
 def degree_problem(config: ModelConfig, size: int) -> str | None:

@@ -145,7 +145,11 @@ def test_without_a_tokenizer_token_ids_go_in_and_out(model):
             TypeError,
             "unexpected keyword argument 'max_num_seq'; did you mean 'max_num_seqs'?",
         ),
-        ({"tensor_parallel_size": 2}, EngineArgsError, "tensor_parallel_size must be 1"),
+        (
+            {"tensor_parallel_size": 3},
+            EngineArgsError,
+            "tensor_parallel_size 3 does not divide the model's 4",
+        ),
         ({"speculative_config": {"method": "mtp"}}, EngineArgsError, "there is no speculative decoding"),
         ({"device": "tpu"}, EngineArgsError, "device must be auto, cpu or cuda, got 'tpu'"),
         ({"dtype": "float8"}, EngineArgsError, "dtype must be auto, float32 or bfloat16, got 'float8'"),

@@ -25,7 +25,7 @@ def test_doctor_prints_the_memory_table_of_a_config(ernie_300b, capsys):
     assert "weights                             93.82 GB     87.38 GiB" in text
     assert "experts         wint2               68.77 GB" in text
     assert "216 KiB a token, 27.00 GiB for 131072 tokens" in text
-    assert "GPU of 80 GiB: too small" in text
+    assert "GPU of 80 GiB: too small; --tensor-parallel-size 2: context up to 131072 tokens" in text
     assert "GPU of 141 GiB: context up to 131072 tokens" in text
     assert "smallest GPU: 100 GiB" in text
 

@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 
+from gpu_worker.layers.ranks import ALONE
 from gpu_worker.model.config_reader import read_model_config
 from gpu_worker.model.loader import load_model
-from gpu_worker.model.sharding import check_degree
 from tests.checkpoints import make_rank_folders
 from tests.gpu_worker.group import CPU, in_group
 from tests.gpu_worker.naive import NaiveRunner, greedy
@@ -34,11 +34,8 @@ CHECKPOINTS = {
 }
 
 
-def load(path, ranks=None, dtype=torch.float32):
+def load(path, ranks=ALONE, dtype=torch.float32):
     config = read_model_config(path)
-    if ranks is None:
-        return load_model(config, device=CPU, dtype=dtype)
-    check_degree(config, ranks.size)
     return load_model(config, device=CPU, dtype=dtype, ranks=ranks)
 
 

@@ -242,7 +242,10 @@ def test_wrong_flags_are_named(flags, words):
     ("flags", "words"),
     [
         (["--max-model-len", "999999"], ["--max-model-len", "999999", "2048"]),
-        (["--device", "cuda", "--tensor-parallel-size", "2"], ["--tensor-parallel-size", "must be 1"]),
+        (
+            ["--tensor-parallel-size", "3"],
+            ["--tensor-parallel-size 3 does not divide the model's 4 attention heads"],
+        ),
         (["--tls-cert", "cert.pem"], ["--tls-key"]),
     ],
 )

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from gpu_worker.engine.build import describe_quantization
 from gpu_worker.engine.memory import CACHE_DTYPES
-from gpu_worker.engine.preflight import fits, footprint
+from gpu_worker.engine.preflight import fits, footprints
 from gpu_worker.model.config_reader import read_model_config
 from gpu_worker.model.errors import ConfigError
 from wint2.errors import CommandError
@@ -21,5 +21,5 @@ def show(folder: Path, kv_cache_dtype: str) -> None:
     quantization = describe_quantization(config.quantization, config.num_hidden_layers)
     print(f"{config.model_type}, {config.num_hidden_layers} layers, {config.num_experts} experts")
     print(f"quantization: {quantization}")
-    found = footprint(config, CACHE_DTYPES[kv_cache_dtype])
-    print(*found.lines(), *fits(found), sep="\n")
+    found = footprints(config, CACHE_DTYPES[kv_cache_dtype])
+    print(*found[1].lines(), *fits(found), sep="\n")
