@@ -6,7 +6,6 @@ python -m tests.bench.bench_gpu_greedy --model .demo/wint2 [--device cpu]
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 
 from tests.gpu_worker.greedy import build, complete, judge, text_prompts, to_cpu
@@ -23,13 +22,14 @@ def main() -> None:
     engine, model = build(args.model, args.device, "bfloat16")
     completions = complete(engine, prompts, TOKENS)
     print(f"{PROMPTS} prompts of {PROMPT_TOKENS} tokens, {TOKENS} each, {args.device} bfloat16, judged by")
-    start = time.perf_counter()
-    print(f"  the ops' CPU halves, bfloat16: {judge(to_cpu(model), prompts, completions)}", end="")
-    print(f", {time.perf_counter() - start:.0f} s", flush=True)
-    worker, float_model = build(args.model, "cpu", "float32")
-    print(f"  the CPU worker, float32: {judge(float_model, prompts, completions)}")
+    print(f"  the ops' CPU halves, bfloat16: {judge(to_cpu(model), prompts, completions)}", flush=True)
+    worker, exact = build(args.model, "cpu", "float32")
+    print(f"  the CPU worker, float32: {judge(exact, prompts, completions)}")
     equal = sum(a == b for a, b in zip(complete(worker, prompts, TOKENS), completions, strict=True))
-    print(f"  the CPU worker by itself writes {equal} of them")
+    print(f"  which by itself writes {equal} of the completions", flush=True)
+    rounded, _ = build(args.model, "cpu", "bfloat16")
+    print("beside it a CPU's bfloat16, judged by")
+    print(f"  the CPU worker, float32: {judge(exact, prompts, complete(rounded, prompts, TOKENS))}")
 
 
 if __name__ == "__main__":
