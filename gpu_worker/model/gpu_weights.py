@@ -28,7 +28,7 @@ _INPUT_MULTIPLE = 8  # of what the tiled kernel reads at a time
 
 
 def can_stream(stored: StoredLinear) -> bool:
-    """Whether the kernels take a dense layer's weight as it is stored; a rank's part of one they do not."""
+    """Whether the kernels take a dense layer's weight as it is stored."""
     return stored.format in ("wint4", "wint8") and _is_whole(stored)
 
 
@@ -66,7 +66,8 @@ def stream_experts(
 
 
 def _is_whole(stored: StoredLinear) -> bool:
-    return stored.is_one_weight and stored.num_inputs % _INPUT_MULTIPLE == 0
+    """With one set of scales, or none."""
+    return (stored.format == "none" or stored.is_one_weight) and stored.num_inputs % _INPUT_MULTIPLE == 0
 
 
 def _pack_wint2(experts: Sequence[StoredLinear], k_order: KOrder, is_gated: bool) -> PackedWint2:

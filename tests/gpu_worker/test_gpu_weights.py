@@ -7,10 +7,12 @@ import torch
 
 from cuda_kernels.moe import moe_ffn, pack_experts
 from cuda_kernels.tiled import unpack_tiled
+from gpu_worker.layers.ranks import Ranks
 from gpu_worker.model import gpu_weights
 from gpu_worker.model.checkpoint import open_checkpoint
 from gpu_worker.model.config_reader import read_model_config
 from gpu_worker.model.plan import ModelPlan, MoEPlan, plan_model
+from gpu_worker.model.sharding import shard_plan
 from gpu_worker.model.stored_weight import StoredLinear
 from tests.tiny import make_tiny_model
 
@@ -51,3 +53,13 @@ def test_experts(plan: ModelPlan) -> None:
 
 def _stored_bytes(moe: MoEPlan) -> int:
     return sum(expert.up_gate.stored_bytes + expert.down.stored_bytes for expert in moe.experts)
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_a_ranks_part_is_streamed_too(tmp_path: Path, quantized: bool) -> None:
+    make_tiny_model(tmp_path, quantized=quantized, moe_intermediate_size=320)
+    config = read_model_config(tmp_path)
+    part = shard_plan(plan_model(config, open_checkpoint(tmp_path)), config, Ranks(1, 2))
+    for moe in experts_of(part):
+        assert gpu_weights.can_stream_experts(moe.experts)
+        gpu_weights.stream_experts(moe.experts, "shuffled", lambda stored: None)
