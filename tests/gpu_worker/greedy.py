@@ -63,6 +63,7 @@ def build(folder: Path, device: str, dtype: str, *, use_cudagraph: bool = True) 
         model=folder,
         device=device,
         dtype=dtype,
+        cpu_activations="float32",
         max_model_len=256,
         max_num_seqs=32,
         num_kv_blocks=200,
