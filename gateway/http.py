@@ -22,7 +22,7 @@ from gateway.http_errors import from_service_error, named_as_asked
 from gateway.metrics import GatewayMetrics
 from gateway.pipeline import Pipeline
 from gateway.readiness import Readiness
-from gateway.requests import EncodedPrompt, Event, Finished, TextPiece, TextRequest
+from gateway.requests import EncodedPrompt, Event, Finished, Started, TextPiece, TextRequest
 from gateway.schemas import CommonRequest, CompletionRequest
 from gateway.settings import GatewaySettings
 from gateway.sse import DONE, EventStream, sse, until_disconnect
@@ -30,6 +30,7 @@ from gateway.structured import wire_fields
 from gateway.text_view import TextView
 from gateway.views import Folded, View
 from protos.rpc.errors import NotFoundError, ServiceError, UnavailableError
+from protos.wint2.common.v1.common_pb2 import FINISH_REASON_LENGTH, Usage
 from protos.wint2.gateway.v1.gateway_pb2 import Model
 
 
@@ -105,7 +106,10 @@ class OpenAiApi:
 
     async def _answer(self, view: View, access: Access) -> Response:
         access.num_prompt_tokens = sum(len(prompt.token_ids) for prompt in view.prompts)
-        events = observed(self._pipeline.run(view.request, view.prompts), view, access)
+        events = self._pipeline.run(view.request, view.prompts)
+        if isinstance(view.body, CompletionRequest) and view.body.is_echo_only:
+            events = without_completion(events)
+        events = observed(events, view, access)
         with named_as_asked(wire_fields(view.body)):
             if not view.body.stream:
                 return JSONResponse(await fold(view, events))
@@ -138,6 +142,17 @@ async def observed(events: AsyncGenerator[Event], view: View, access: Access) ->
             if access.first_token_at is None and isinstance(event, TextPiece):
                 access.first_token_at = time.perf_counter()
             yield event
+
+
+async def without_completion(events: AsyncGenerator[Event]) -> AsyncGenerator[Event]:
+    """The same answer as if it had ended with the prompt."""
+    async with aclosing(events):
+        async for event in events:
+            if isinstance(event, Finished):
+                usage = Usage(prompt_tokens=event.usage.prompt_tokens)
+                yield replace(event, reason=FINISH_REASON_LENGTH, usage=usage, stop_token_id=None)
+            elif isinstance(event, Started):
+                yield event
 
 
 async def fold(view: View, events: AsyncGenerator[Event]) -> dict[str, Any]:

@@ -169,8 +169,22 @@ class CompletionRequest(CommonRequest):
     prompt: Prompt = Field(description="Text or token ids, one or several.")
     logprobs: int | None = Field(None, ge=0, le=20, description="Likeliest tokens at each position.")
     echo: bool | None = Field(None, description="Begin the text, and the logprobs, with the prompt.")
+    max_tokens: int | None = Field(
+        None, ge=0, le=UINT32_MAX, description="Longest completion, in tokens; 0 only with echo. Default 16."
+    )
     add_special_tokens: bool | None = Field(None, description="For prompts of text. Default true.")
     suffix: Annotated[Literal[""] | None, only_neutral("an empty string")] = None
+
+    @model_validator(mode="after")
+    def _nothing_is_wanted_only_of_an_echo(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise misplaced("max_tokens", "must be at least 1, unless echo is true")
+        return self
+
+    @property
+    def is_echo_only(self) -> bool:
+        """The prompt is wanted back, with its log-probabilities, and nothing after it."""
+        return self.max_tokens == 0
 
     @property
     def longest_completion(self) -> int | None:

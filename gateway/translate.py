@@ -98,7 +98,8 @@ def sampling_params(body: CommonRequest) -> SamplingParams:
     return SamplingParams(
         **fields,
         top_k=None if body.top_k is None else max(body.top_k, 0),
-        max_tokens=body.longest_completion,
+        # A prompt is only computed for a completion's sake: who wants none gets one that nobody sees.
+        max_tokens=1 if body.longest_completion == 0 else body.longest_completion,
         allowed_token_ids=body.allowed_token_ids,
         prompt_logprobs=body.num_prompt_logprobs,
         structured_output=structured_output(body),

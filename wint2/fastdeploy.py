@@ -31,7 +31,6 @@ UNLIMITED: dict[str, frozenset[str]] = {
 
 # Accepted, because what they ask for is so already or concerns a mechanism that is not here.
 NOTES: dict[str, tuple[str, ...]] = {
-    "one gateway process serves all connections": ("workers",),
     "no such port is needed": ("pd-comm-port", "rdma-comm-ports", "controller-port"),
     "KV blocks are taken one by one as a sequence grows, from one pool": (
         "kv-cache-ratio",

@@ -47,6 +47,7 @@ class ServeSettings(BaseSettings):
     host: str = Field("0.0.0.0", description="address of the HTTP server")
     port: Port = Field(8180, description="port of the HTTP server: OpenAI's API, /health, /metrics")
     metrics_port: Port | None = Field(None, description="serve /metrics on a port of its own as well")
+    workers: Count = Field(1, description="gateway processes that share the HTTP port")
     grpc_port: Port | None = Field(
         None,
         description=f"port of the gateway's gRPC API ({DEFAULT_GRPC_PORT}, or the next no other flag names)",
@@ -100,7 +101,7 @@ class ServeSettings(BaseSettings):
     http_tls_cert: Path | None = Field(None, description="PEM certificate: the HTTP API speaks HTTPS")
     http_tls_key: Path | None = Field(None, description="PEM private key of --http-tls-cert")
     request_timeout: float | None = Field(None, gt=0, description="seconds until a request is ended")
-    max_waiting: Count | None = Field(None, description="most requests that wait for a worker")
+    max_waiting: int | None = Field(None, ge=0, description="most requests that wait for a worker")
     queue_timeout: float | None = Field(None, gt=0, description="seconds until a waiting request is refused")
     drain_timeout: float = Field(30.0, ge=0, description="seconds that running requests get after SIGTERM")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level logged")

@@ -31,6 +31,7 @@ WORKER_FLAGS = (
     "enable_chunked_prefill",
 )
 GATEWAY_FLAGS = (
+    "workers",
     "request_timeout",
     "max_waiting",
     "queue_timeout",

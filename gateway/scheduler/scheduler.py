@@ -107,7 +107,8 @@ class Scheduler:
             raise InvalidArgumentError(f"request id {request.request_id!r} is in use", field="request_id")
         model = self._resolve_model(request.model)
         self._check_length(request, model)
-        self._check_room(request)
+        if not self._has_place(now):
+            self._check_room(request)
         ticket = Ticket(request, model, (request.priority, next(self._arrivals)), now)
         self.tickets[request.request_id] = ticket
         bisect.insort(self.waiting, ticket, key=lambda waiting: waiting.order)
@@ -182,6 +183,11 @@ class Scheduler:
                 field="prompt",
                 metadata={"max_model_len": str(longest), "prompt_tokens": str(request.prompt_tokens)},
             )
+
+    def _has_place(self, now: float) -> bool:
+        """Whether a request need not wait."""
+        serving = (worker for worker in self.workers.values() if self.is_serving(worker, now))
+        return not self.waiting and any(worker.has_room for worker in serving)
 
     def _check_room(self, request: ScheduleRequest) -> None:
         config, tokens = self.config, self._num_waiting_tokens + num_tokens(request)

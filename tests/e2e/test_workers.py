@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -83,7 +84,7 @@ def test_a_killed_worker_turns_health_and_comes_back(cluster):
     cluster.wait_healthy()
     answer = cluster.text()
     os.kill(worker.process.pid, signal.SIGKILL)
-    wait_for(lambda: cluster.health() == 503, "/health says 503", seconds=2)
+    wait_for(lambda: cluster.health() == 503, "/health says 503")
     cluster.worker()
     cluster.wait_healthy()
     assert cluster.text() == answer
@@ -110,3 +111,23 @@ def test_with_two_workers_the_death_of_one_is_not_noticed(cluster):
     answer = cluster.text()
     os.kill(first.process.pid, signal.SIGKILL)
     assert [cluster.text() for _ in range(5)] == [answer] * 5
+
+
+def test_a_worker_that_stands_still_turns_health_and_ends_its_streams(cluster):
+    cluster.tokenizer()
+    cluster.gateway()
+    worker = cluster.worker()
+    cluster.wait_healthy()
+    body = {**PROMPT, "max_tokens": 1500, "ignore_eos": True, "stream": True}
+    url = f"http://127.0.0.1:{cluster.http_port}/v1/completions"
+    with httpx.stream("POST", url, json=body, timeout=60) as response:
+        events = response.iter_lines()
+        assert next(events).startswith("data: {")
+        os.kill(worker.process.pid, signal.SIGSTOP)
+        wait_for(lambda: cluster.health() == 503, "/health says 503")
+        *_, last, done = (line for line in events if line)
+    assert done == "data: [DONE]"
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "worker_lost"
+    os.kill(worker.process.pid, signal.SIGCONT)
+    cluster.wait_healthy()
+    assert cluster.complete().status_code == 200

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,6 +89,4 @@ def test_a_client_that_leaves_frees_the_workers_blocks(client, ports):
         next(iter(stream))
     with grpc.insecure_channel(f"127.0.0.1:{ports[0]}") as channel:
         stub = worker_pb2_grpc.WorkerServiceStub(channel)
-        left = time.monotonic()
-        wait_for(lambda: not stub.GetLoad(worker_pb2.GetLoadRequest()).num_used_blocks, "no used blocks", 10)
-        assert time.monotonic() - left < 2
+        wait_for(lambda: not stub.GetLoad(worker_pb2.GetLoadRequest()).num_used_blocks, "no used blocks")

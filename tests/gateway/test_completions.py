@@ -45,6 +45,20 @@ async def test_echo(stack: Stack, prompt: object, is_stream: bool) -> None:
         assert answer.choices[0].text == "hihi"
 
 
+@pytest.mark.parametrize("is_stream", [True, False])
+async def test_an_echo_of_the_prompt_alone(stack: Stack, worker: FakeWorker, is_stream: bool) -> None:
+    fields = {"echo": True, "max_tokens": 0, "logprobs": 1}
+    answer = await stack.openai.completions.create(model=MODEL, prompt="abc", stream=is_stream, **fields)
+    parts = [chunk async for chunk in answer] if is_stream else [answer]
+    assert "".join(part.choices[0].text for part in parts) == "abc"
+    logprobs = [part.choices[0].logprobs for part in parts if part.choices[0].logprobs]
+    assert [value for part in logprobs for value in part.token_logprobs] == [None, -0.5, -0.5]
+    assert parts[-1].choices[0].finish_reason == "length"
+    if not is_stream:
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, 0)
+    assert worker.requests[0].sampling_params.max_tokens == 1
+
+
 async def test_streamed(stack: Stack) -> None:
     chunks = [c async for c in await stack.openai.completions.create(model=MODEL, prompt="hi", stream=True)]
     assert "".join(chunk.choices[0].text for chunk in chunks) == "hi"

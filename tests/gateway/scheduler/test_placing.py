@@ -88,6 +88,8 @@ def test_refusals_say_why() -> None:
         ask(scheduler, "x", model="m2")
     with pytest.raises(ContextLengthError, match=r"1000 tokens\. However, you requested 1009"):
         ask(scheduler, "x", tokens=999)
+    while scheduler.workers["a"].has_room:
+        ask(scheduler, f"placed {len(scheduler.tickets)}")
     with pytest.raises(OverloadedError, match="0 of 0"):
         ask(scheduler, "x")
     join(scheduler, "b", model="m2")
