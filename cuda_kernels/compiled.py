@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import torch
 
-from cuda_kernels.cpu.panels import Activations
-
 try:
     from cuda_kernels.cpu import ops, vector, warm_up
 except ImportError:
@@ -19,9 +17,9 @@ def has_compiled(x: torch.Tensor) -> bool:
     return cpu is not None and cpu.fits(x)
 
 
-def compile_kernels(activations: Activations = "float32") -> float:
+def compile_kernels() -> float:
     """Compile all of it that is not in Numba's cache; the seconds it took."""
-    return warm_up.compile_kernels(activations)
+    return warm_up.compile_kernels()
 
 
 def has_integer_kernels() -> bool:

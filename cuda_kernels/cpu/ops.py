@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import os
 from functools import cache
+from typing import Any
 
+import numba
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from cuda_kernels.cache_format import CacheScales
 from cuda_kernels.cpu import attention as compiled_attention
 from cuda_kernels.cpu import experts as compiled_experts
+from cuda_kernels.cpu import layers as compiled_layers
 from cuda_kernels.cpu import linear as compiled_linear
 from cuda_kernels.cpu import rows
 from cuda_kernels.cpu.kernels import address_of
@@ -22,6 +26,14 @@ from cuda_kernels.cpu.panels import PANEL, PanelExperts, PanelWeight
 from cuda_kernels.cpu.team import address_of as job_address
 from cuda_kernels.cpu.team import team_of
 from cuda_kernels.cpu.vector import LANES
+
+LAYER = compiled_layers.LAYER
+_JOBS = {
+    "linear_job": compiled_linear.job,
+    "up_gate_job": compiled_experts.up_gate_job,
+    "down_job": compiled_experts.down_job,
+    "attention_job": compiled_attention.job,
+}
 
 # What may run beside this thread, as the operating system has it.
 _MAX_THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -143,7 +155,7 @@ def route(
     num_tokens, num_experts = logits_TE.shape
     ids_TA = torch.empty((num_tokens, num_activated), dtype=torch.int32)
     weights_TA = torch.empty((num_tokens, num_activated))
-    logits = logits_TE.data_ptr(), num_tokens, num_experts
+    logits = logits_TE.data_ptr(), num_tokens, num_experts, num_experts
     results = ids_TA.data_ptr(), weights_TA.data_ptr()
     rows.route(logits, correction_bias_E.data_ptr(), norm_min, *results, num_activated)
     return ids_TA, weights_TA
@@ -179,6 +191,50 @@ def attention(
         scale,
     )
     return out_THC
+
+
+def new_step() -> np.ndarray[Any, Any]:
+    """One record of a step with what is the same in all steps of all models."""
+    step = np.zeros(1, compiled_layers.STEP)
+    for name, job in _JOBS.items():
+        step[name] = job_address(job)
+    step["float32_kernel"], step["scattered_kernel"] = address_of("float32"), address_of("scattered")
+    return step
+
+
+def compile_kernel(weight: PanelWeight) -> int:
+    """The address of the kernel that multiplies this weight, compiled if none was before."""
+    return address_of(weight.kernel)
+
+
+def compile_layers() -> None:
+    """What `run_layers` takes seconds for when nothing is in Numba's cache."""
+    records = (np.empty(1, compiled_layers.STEP), np.empty(1, compiled_layers.LAYER), np.empty((1, 1), "f4"))
+    compiled_layers.run_layers.compile(tuple(map(numba.typeof, records)))
+
+
+def run_layers(
+    model: np.ndarray[Any, Any],
+    layers: np.ndarray[Any, Any],
+    hidden_TD: torch.Tensor,
+    positions_T: torch.Tensor,
+    slot_mapping_T: torch.Tensor,
+    block_tables_SM: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    context_lens_S: torch.Tensor,
+    block_size: int,
+) -> torch.Tensor:
+    """A decoder's layers and final norm: [T, D], over a float32 cache. Overwrites `hidden_TD`.
+
+    `model` is a step's record with the model's sizes, `layers` are records of layers.LAYER.
+    """
+    step, tables = model.copy(), block_tables_SM.contiguous()
+    step["state"], step["give_way"] = _team()
+    step["num_sequences"], step["num_blocks"] = tables.shape
+    step["positions"], step["slots"] = positions_T.data_ptr(), slot_mapping_T.data_ptr()
+    step["block_tables"], step["block_size"] = tables.data_ptr(), block_size
+    step["cu_seqlens"], step["context_lens"] = cu_seqlens_q.data_ptr(), context_lens_S.data_ptr()
+    return torch.from_numpy(compiled_layers.run_layers(step, layers, hidden_TD.numpy()))
 
 
 @cache

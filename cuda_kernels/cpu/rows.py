@@ -55,11 +55,11 @@ def kv_store(rows: int, stride: int, cache: int, slot_bytes: int, slots: int, nu
 
 @numba.njit(nogil=True, cache=True)
 def route(
-    logits: tuple[int, int, int], bias: int, norm_min: float, ids: int, weights: int, num_activated: int
+    logits: tuple[int, int, int, int], bias: int, norm_min: float, ids: int, weights: int, num_activated: int
 ) -> None:
-    """`logits`: address, tokens, experts; see the op."""
-    _, num_tokens, num_experts = logits
-    logits_TE = carray(pointer(logits[0]), (num_tokens, num_experts), np.float32)
+    """`logits`: address, tokens, experts, width of a row; see the op."""
+    _, num_tokens, num_experts, width = logits
+    logits_TE = carray(pointer(logits[0]), (num_tokens, width), np.float32)[:, :num_experts]
     bias_E = carray(pointer(bias), (num_experts,), np.float32)
     ids_TA = carray(pointer(ids), (num_tokens, num_activated), np.int32)
     weights_TA = carray(pointer(weights), (num_tokens, num_activated), np.float32)

@@ -1,33 +1,20 @@
-"""Compiles what a model will need before the first request does: every op once, on next to nothing."""
+"""Compiles what every model needs before the first request does: each op once, on next to nothing."""
 
 from __future__ import annotations
 
 import time
 from functools import cache
-from typing import get_args
 
 import torch
 
-from cuda_kernels.cpu import kernels, ops
-from cuda_kernels.cpu.panels import (
-    PANEL,
-    Activations,
-    DotName,
-    Format,
-    PanelExpert,
-    pack_dense,
-    stack_experts,
-)
+from cuda_kernels.cpu import ops
+from cuda_kernels.cpu.panels import PANEL, PanelExpert, pack_dense, stack_experts
 
 
 @cache
-def compile_kernels(activations: Activations) -> float:
+def compile_kernels() -> float:
     """The seconds it took: a dozen where nothing is in Numba's cache, less than one where all is."""
     begin = time.perf_counter()
-    for name in get_args(Format):
-        kernels.address_of(name)
-    for dot in get_args(DotName) if activations == "int8" else ():
-        kernels.address_of(dot)
     weight = pack_dense(torch.zeros(PANEL, PANEL))
     rows, cache = torch.zeros(1, PANEL), torch.zeros(1, 1, 1, PANEL)
     one, zero = torch.ones(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)

@@ -39,6 +39,7 @@ from gpu_worker.engine.runner import Model
 from gpu_worker.layers.kv_cache import KVCache
 from gpu_worker.layers.ranks import ALONE, Ranks
 from gpu_worker.model.config_reader import read_model_config
+from gpu_worker.model.cpu_layers import with_compiled_layers
 from gpu_worker.model.decoder import Decoder
 from gpu_worker.model.expert_counts import with_expert_counts
 from gpu_worker.model.k_order import KOrderChoice
@@ -201,9 +202,8 @@ def build_part(
     decoder = _load(args, model_config, choice.device, dtype, ranks, progress)
     phases.end("weights")
     build_kernels(decoder, choice.device, cache_dtype)
+    decoder = with_expert_counts(decoder) if args.count_expert_tokens else with_compiled_layers(decoder)
     phases.end("kernels")
-    if args.count_expert_tokens:
-        decoder = with_expert_counts(decoder)
     config = _plan(args, model_config, choice.device, dtype, cache_dtype, decoder)
     kv_cache = _kv_cache(config, decoder.config)
     phases.end("KV cache")

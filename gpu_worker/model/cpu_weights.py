@@ -49,12 +49,13 @@ def has_panels(device: torch.device, dtype: torch.dtype) -> bool:
 def panel_linear(stored: StoredLinear, k_order: KOrder, activations: Activations = "float32") -> PanelWeight:
     """A dense layer's weight. WINT2 and WINT4 are the experts' formats, and are decoded here."""
     if stored.format == "wint8" and stored.is_one_weight:
-        return replace(_quantized(stored, slice(None)), activations=activations)
+        return _with(activations, _quantized(stored, slice(None)))
     return panel_dense(stored.dense(k_order))
 
 
 def panel_dense(weight_NK: Tensor) -> PanelWeight:
-    return pack_dense(weight_NK.float() if weight_NK.dtype == torch.float16 else weight_NK)
+    packed = pack_dense(weight_NK.float() if weight_NK.dtype == torch.float16 else weight_NK)
+    return _with("float32", packed)
 
 
 def panel_head(weight_VD: Tensor, activations: Activations) -> PanelWeight:
@@ -62,29 +63,31 @@ def panel_head(weight_VD: Tensor, activations: Activations) -> PanelWeight:
     if activations == "float32":
         return panel_dense(weight_VD)
     weight_DV = F.pad(weight_VD.T, (0, 0, 0, -weight_VD.shape[1] % GROUP_SIZE))
-    return replace(pack_wint8(wint8.quantize(weight_DV), weight_VD.shape[1]), activations=activations)
+    return _with(activations, pack_wint8(wint8.quantize(weight_DV), weight_VD.shape[1]))
 
 
 def panel_experts(
     experts: Sequence[MLPPlan], k_order: KOrder, activations: Activations = "float32"
 ) -> PanelExperts:
     """A layer's experts, or the one network of a dense layer."""
-    return stack_experts([_with(activations, _expert(expert, k_order)) for expert in experts], k_order)
+    return stack_experts([_expert(expert, k_order, activations) for expert in experts], k_order)
 
 
-def _with(activations: Activations, expert: PanelExpert) -> PanelExpert:
-    parts = (expert.gate, expert.up, expert.down)
-    return PanelExpert(*(replace(part, activations=activations) for part in parts))
+def _with(activations: Activations, weight: PanelWeight) -> PanelWeight:
+    """The weight, whose kernel is compiled by now: no request waits for that."""
+    weight = replace(weight, activations=activations)
+    cpu.compile_kernel(weight)
+    return weight
 
 
-def _expert(expert: MLPPlan, k_order: KOrder) -> PanelExpert:
+def _expert(expert: MLPPlan, k_order: KOrder, activations: Activations) -> PanelExpert:
     half = expert.up_gate.num_outputs // 2
     is_one_weight = expert.up_gate.is_one_weight and expert.down.is_one_weight
     if expert.up_gate.format in ("none", "wint2t") or not is_one_weight:
         gate, up = (panel_dense(part) for part in expert.up_gate.dense(k_order).split(half))
         return PanelExpert(gate, up, panel_dense(expert.down.dense(k_order)))
-    gate, up = _quantized(expert.up_gate, slice(half)), _quantized(expert.up_gate, slice(half, None))
-    return PanelExpert(gate, up, _quantized(expert.down, slice(None)))
+    parts = (expert.up_gate, slice(half)), (expert.up_gate, slice(half, None)), (expert.down, slice(None))
+    return PanelExpert(*(_with(activations, _quantized(*part)) for part in parts))
 
 
 def _quantized(stored: StoredLinear, columns: slice) -> PanelWeight:

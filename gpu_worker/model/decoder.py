@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 
@@ -56,6 +57,12 @@ class MemoryReport:
     device_bytes: Mapping[str, int]
 
 
+class CompiledLayers(Protocol):
+    """All layers and the final norm at once, over a KV cache of float32; may overwrite the hidden state."""
+
+    def __call__(self, hidden_TD: torch.Tensor, batch: Batch, kv_cache: KVCache) -> torch.Tensor: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Decoder:
     """A loaded model, or one rank's part of it, with the config of that part. On a GPU `forward` never waits
@@ -69,6 +76,7 @@ class Decoder:
     lm_head: Linear
     memory: MemoryReport
     ranks: Ranks = ALONE
+    compiled: CompiledLayers | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,6 +88,8 @@ class Decoder:
         """The final hidden state of every token of the step, [T, D]; stores its keys and values."""
         batch = self._with_attention_plan(batch, kv_cache.block_size)
         hidden_TD = self.embedding(batch.input_ids_T).to(self.dtype)
+        if self.compiled is not None and kv_cache.layers[0][0].dtype == torch.float32:
+            return self.compiled(hidden_TD, batch, kv_cache)
         residual_TD: torch.Tensor | None = None
         for layer, kv, scales in zip(self.layers, kv_cache.layers, kv_cache.scales, strict=True):
             hidden_TD, residual_TD = layer(hidden_TD, residual_TD, batch, kv, scales)

@@ -64,7 +64,7 @@ def load_model(
         _log.info("%s", note)
     if has_panels(device, dtype):
         _log.info("compiling the CPU kernels, unless Numba's cache has them")
-        _log.info("CPU kernels are ready, %.1f s", compile_kernels(activations))
+        _log.info("CPU kernels are ready, %.1f s", compile_kernels())
     # Of the whole model, so that all ranks find the same.
     order = _k_order(_part(whole, config, ALONE), k_order)
     part = shard_config(config, ranks)

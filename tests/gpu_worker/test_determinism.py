@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from cuda_kernels.compiled import has_integer_kernels
 from gpu_worker.config import CacheConfig, EngineConfig, SchedulerConfig
 from gpu_worker.engine.engine import Engine
 from gpu_worker.engine.sequence import Request
 from gpu_worker.layers.kv_cache import KVCache
 from gpu_worker.model.config_reader import read_model_config
+from gpu_worker.model.cpu_layers import with_compiled_layers
 from gpu_worker.model.loader import load_model
 from gpu_worker.sampling_params import SamplingParams
 from tests.tiny import make_tiny_model
@@ -26,16 +28,21 @@ BLOCK_SIZE = 8
 
 @pytest.fixture(scope="module")
 def decoders(tmp_path_factory):
-    """By name: full precision, and WINT2 with WINT4 and WINT8."""
+    """By name: full precision, WINT2 with WINT4 and WINT8, and those as integers in one compiled call."""
     folder = tmp_path_factory.mktemp("tiny")
     paths = {
         "float": make_tiny_model(folder / "float", quantized=False),
         "wint2": make_tiny_model(folder / "wint2", quantized=True),
     }
-    return {
-        name: load_model(read_model_config(path), device=torch.device("cpu"), dtype=torch.float32)
-        for name, path in paths.items()
-    }
+    loaded = {name: load(path) for name, path in paths.items()}
+    wide = make_tiny_model(folder / "wide", quantized=True, head_dim=64)
+    loaded["integers"] = with_compiled_layers(load(wide, "int8" if has_integer_kernels() else "float32"))
+    return loaded
+
+
+def load(path, activations="float32"):
+    config, cpu = read_model_config(path), torch.device("cpu")
+    return load_model(config, device=cpu, dtype=torch.float32, activations=activations)
 
 
 def make_engine(decoder, *, num_blocks=1024, budget=4096, caching=True, chunked=True, dtype=torch.float32):
@@ -102,6 +109,7 @@ def alone(decoders):
         pytest.param("float", {"chunked": False}, id="whole prompts"),
         pytest.param("float", {"num_blocks": 64, "budget": 96}, id="preempted"),
         pytest.param("wint2", {"num_blocks": 64, "budget": 96}, id="preempted, WINT2"),
+        pytest.param("integers", {"num_blocks": 64, "budget": 96}, id="preempted, integers"),
     ],
 )
 def test_a_batch_of_64_changes_no_bit(decoders, alone, name, limits):
