@@ -29,6 +29,7 @@ from gpu_worker.engine.memory import (
     cpu_cache_bytes,
     cuda_cache_bytes,
     kv_block_bytes,
+    peak_host_bytes,
     plan_cache,
 )
 from gpu_worker.engine.phases import Phases
@@ -334,6 +335,8 @@ def _describe(
         f"{shape.num_experts_per_token} a token, vocabulary {shape.vocab_size}"
     )
     yield f"quantization: {describe_quantization(shape.quantization, shape.num_hidden_layers)}"
+    if config.tensor_parallel_size > 1:
+        yield f"tensor parallel: {config.tensor_parallel_size} ranks; what follows is of each"
     kinds = ", ".join(f"{kind} {_mib(size)}" for kind, size in model.memory.device_bytes.items())
     yield f"weights: {_mib(stored)} stored, {_mib(held)} held: {kinds}"
     yield (
@@ -344,6 +347,7 @@ def _describe(
         f"limits: context {limits.max_model_len} tokens, {limits.max_num_seqs} sequences and "
         f"{limits.max_num_batched_tokens} tokens a step"
     )
+    yield f"host memory: {_mib(peak_host_bytes())} at most so far"
     if args.use_cudagraph and choice.device.type == "cpu":
         yield "CUDA graphs: not on the CPU"
     if limits.max_num_batched_tokens != args.max_num_batched_tokens:

@@ -2,9 +2,9 @@
 
              CUDA                                               CPU
 total x gpu_memory_utilization                         a quarter of the memory now available,
-- what is in use (weights, CUDA itself)                but no more than `max_num_seqs` sequences
-- the largest step's activations, measured             of a thousand tokens can fill; the ranks of a
-                                                       tensor-parallel group share both
+- what is in use (weights, CUDA itself)                but no more than 2 GiB or `max_num_seqs` sequences
+- the largest step's activations, measured             of a thousand tokens, and then no less than one
+                                                       of max_model_len; a group's ranks share it
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ GIB = 2**30
 CACHE_DTYPES = DTYPES | {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 _CPU_SHARE = 0.25
+_CPU_BYTES = 2 * GIB
 _CPU_TOKENS_PER_SEQUENCE = 1024
 
 
@@ -58,7 +59,7 @@ def kv_block_bytes(model: ModelConfig, block_size: int, dtype: torch.dtype) -> i
 
 def available_cpu_bytes() -> int:
     """Memory that can be taken without swapping, also within a container's limit."""
-    limits = [_meminfo_available()]
+    limits = [_proc_bytes(Path("/proc/meminfo"), "MemAvailable:")]
     cgroup = Path("/sys/fs/cgroup")
     maximum, current = cgroup / "memory.max", cgroup / "memory.current"
     if maximum.exists() and (text := maximum.read_text().strip()) != "max":
@@ -68,8 +69,8 @@ def available_cpu_bytes() -> int:
 
 def cpu_cache_bytes(max_num_seqs: int, token_bytes: int, max_model_len: int, num_ranks: int = 1) -> int:
     """What the cache of one rank takes when nobody says, in bytes."""
-    tokens = max(max_num_seqs * _CPU_TOKENS_PER_SEQUENCE, max_model_len)
-    return min(tokens * token_bytes, int(available_cpu_bytes() * _CPU_SHARE / num_ranks))
+    enough = min(max_num_seqs * _CPU_TOKENS_PER_SEQUENCE * token_bytes, _CPU_BYTES // num_ranks)
+    return min(max(enough, max_model_len * token_bytes), int(available_cpu_bytes() * _CPU_SHARE / num_ranks))
 
 
 def cuda_cache_bytes(utilization: float, activation_bytes: int) -> int:
@@ -102,12 +103,17 @@ def plan_cache(
     return CachePlan(num_blocks, min(asked_len or config_len, capacity))
 
 
+def peak_host_bytes() -> int:
+    """The most memory that this process has had, pages of mapped files among it."""
+    return _proc_bytes(Path("/proc/self/status"), "VmHWM:")
+
+
 def _mib(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:.1f} MiB"
 
 
-def _meminfo_available() -> int:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
+def _proc_bytes(file: Path, name: str) -> int:
+    for line in file.read_text().splitlines():
+        if line.startswith(name):
             return int(line.split()[1]) * 1024
-    raise OSError("/proc/meminfo has no MemAvailable")
+    raise OSError(f"{file} has no {name}")

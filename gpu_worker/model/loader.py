@@ -27,6 +27,7 @@ from gpu_worker.model.cpu_weights import has_panels, panel_experts, panel_head, 
 from gpu_worker.model.decoder import Decoder, DecoderLayer, MemoryReport
 from gpu_worker.model.dummy import plan_dummy
 from gpu_worker.model.gpu_weights import can_stream, can_stream_experts, stream_experts, stream_linear
+from gpu_worker.model.heap import trim_heap
 from gpu_worker.model.k_order import KOrderChoice, choose_k_order
 from gpu_worker.model.plan import LayerPlan, MLPPlan, ModelPlan, MoEPlan, plan_model
 from gpu_worker.model.safetensors_file import Transfer, keep
@@ -152,6 +153,7 @@ class _Loader:
         )
         mlp = self._moe(plan.mlp) if isinstance(plan.mlp, MoEPlan) else self._mlp(plan.mlp)
         norms = self._norm(plan.input_norm), self._norm(plan.post_attention_norm)
+        trim_heap()
         return DecoderLayer(norms[0], attention, norms[1], mlp, self._ranks)
 
     def _moe(self, plan: MoEPlan) -> MoE:
@@ -258,6 +260,8 @@ class _Loader:
         return tensor
 
     def _count(self, stored: StoredLinear | StoredVector) -> None:
+        """A weight is on its device: nobody needs the file's pages."""
+        stored.release()
         self._stored[stored.kind] += stored.stored_bytes
         if self._progress is not None:
             self._progress(self._stored.total(), self._total_bytes)

@@ -74,6 +74,11 @@ class StoredVector:
     def stored_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.ranks)
 
+    def release(self) -> None:
+        """Let go of what reading has brought into memory."""
+        for tensor in self.ranks:
+            tensor.release()
+
     def dense(self) -> torch.Tensor:
         parts = [tensor.read() for tensor in (self.ranks if self.cut != "none" else self.ranks[:1])]
         whole = torch.cat(parts) if len(parts) > 1 else parts[0]
