@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,10 +23,12 @@ FORMATS = {torch.bfloat16: 0, torch.int8: 1, torch.float8_e4m3fn: 2}  # as in cs
 _DECODE_ROWS, _PREFILL_ROWS = 16, 64  # query rows of a block
 _DECODE_THREADS = _PREFILL_THREADS = 128
 _DECODE_WARPS, _PREFILL_KEYS = 4, 64
+_HOPPER_ROWS, _HOPPER_THREADS, _HOPPER_SLOTS = 128, 384, 6
 _MIN_BLOCK = 16  # the decode kernel takes that many neighbouring slots for one block's
 _BLOCKS_PER_MULTIPROCESSOR = 4
 _MAX_SHARES, _MIN_KEYS = 32, 128
 _MAX_COUNTERS = 2**16
+_Kind = Literal["decode", "prefill", "hopper"]
 _MAX_GATHERED = 2**26  # elements of keys that the torch form holds at a time
 
 
@@ -132,25 +135,31 @@ def _launch_prefill(
     device: Device, step: Step, query_THC: Tensor, inputs: list[Argument], shape: list[Argument]
 ) -> None:
     num_tokens, num_heads, head_dim = query_THC.shape
-    tile_tokens = _PREFILL_ROWS // (num_heads // step.num_kv_heads)
+    kind: _Kind = "hopper" if step.format == 0 and device.has_warpgroup_products else "prefill"
+    rows, threads = (_HOPPER_ROWS, _HOPPER_THREADS) if kind == "hopper" else (_PREFILL_ROWS, _PREFILL_THREADS)
+    tile_tokens = rows // (num_heads // step.num_kv_heads)
     tiles = num_tokens // tile_tokens + step.num_sequences
     arguments = [*inputs, step.num_sequences, tile_tokens, tiles, *shape]
-    shared_bytes = 2 * _PREFILL_KEYS * (_prefill_bytes(step, head_dim) + 8)
-    grid = tiles, step.num_kv_heads
     device.launch(
-        _variant("prefill", head_dim, step.format),
-        "attention_prefill",
-        grid,
-        _PREFILL_THREADS,
-        shared_bytes,
+        _variant(kind, head_dim, step.format),
+        f"attention_{kind}",
+        (tiles, step.num_kv_heads),
+        threads,
+        _hopper_bytes(head_dim) if kind == "hopper" else _prefill_bytes(step, head_dim),
         arguments,
         overlaps=True,
     )
 
 
 def _prefill_bytes(step: Step, head_dim: int) -> int:
-    """A key and a value in shared memory, padded."""
-    return 4 * head_dim + 80 if step.format == 0 else 2 * head_dim + 48
+    """Two stages of keys and values, padded, and their scales."""
+    pair = 4 * head_dim + 80 if step.format == 0 else 2 * head_dim + 48
+    return 2 * _PREFILL_KEYS * (pair + 8)
+
+
+def _hopper_bytes(head_dim: int) -> int:
+    """The queries, the ring of keys and values, its barriers."""
+    return (1 + _HOPPER_SLOTS) * _HOPPER_ROWS * 2 * head_dim + 2 * _HOPPER_SLOTS * 8
 
 
 def choose_shares(num_rows: int, max_context: int, num_multiprocessors: int) -> int:
@@ -159,14 +168,17 @@ def choose_shares(num_rows: int, max_context: int, num_multiprocessors: int) -> 
     return max(1, min(wanted, -(-max_context // _MIN_KEYS), _MAX_SHARES))
 
 
-def variants(head_dim: int, cache_dtype: torch.dtype = torch.bfloat16) -> list[Variant]:
+def variants(
+    head_dim: int, cache_dtype: torch.dtype = torch.bfloat16, *, is_hopper: bool = False
+) -> list[Variant]:
     """Every kernel that the op may ask for."""
     if head_dim not in HEAD_DIMS or cache_dtype not in FORMATS:
         return []
-    return [_variant(kind, head_dim, FORMATS[cache_dtype]) for kind in ("decode", "prefill")]
+    prefill: _Kind = "hopper" if is_hopper and cache_dtype == torch.bfloat16 else "prefill"
+    return [_variant(kind, head_dim, FORMATS[cache_dtype]) for kind in ("decode", prefill)]
 
 
-def _variant(kind: str, head_dim: int, form: int) -> Variant:
+def _variant(kind: _Kind, head_dim: int, form: int) -> Variant:
     return Variant(f"attention_{kind}", (("HEAD_DIM", head_dim), ("FORMAT", form)))
 
 

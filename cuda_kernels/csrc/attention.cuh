@@ -158,3 +158,19 @@ struct Cache {
         return (head << block_bits) + (position & ((1 << block_bits) - 1));
     }
 };
+
+// Where a block of the prefill kernels works.
+struct Place {
+    int sequence, first;  // the tile's first token, from the sequence's first new one
+};
+
+// Tile u of the grid: sequence s owns numbers from starts[s] / tile_tokens + s on, more than it can need.
+DEVICE Place find(const int* starts, int sequences, int tile_tokens, int tile) {
+    int low = 0, high = sequences - 1;
+    while (low < high) {
+        int middle = (low + high + 1) / 2;
+        if (starts[middle] / tile_tokens + middle <= tile) low = middle;
+        else high = middle - 1;
+    }
+    return {low, (tile - starts[low] / tile_tokens - low) * tile_tokens};
+}

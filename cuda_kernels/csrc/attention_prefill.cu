@@ -10,21 +10,6 @@ constexpr int VECTOR_BYTES = sizeof(Vector), ROW_BYTES = VECTORS * VECTOR_BYTES,
 constexpr int KEY_BYTES = ROW_BYTES + 4 * VECTOR_BYTES, VALUE_BYTES = ROW_BYTES + 16;
 constexpr int SCALES_AT = KEYS * (KEY_BYTES + VALUE_BYTES), STAGE_BYTES = SCALES_AT + KEYS * 8;
 
-struct Place {
-    int sequence, first;  // the tile's first token, from the sequence's first new one
-};
-
-// Tile u of the grid: sequence s owns numbers from starts[s] / tile_tokens + s on, more than it can need.
-DEVICE Place find(const int* starts, int sequences, int tile_tokens, int tile) {
-    int low = 0, high = sequences - 1;
-    while (low < high) {
-        int middle = (low + high + 1) / 2;
-        if (starts[middle] / tile_tokens + middle <= tile) low = middle;
-        else high = middle - 1;
-    }
-    return {low, (tile - starts[low] / tile_tokens - low) * tile_tokens};
-}
-
 DEVICE void load_query(Words4 (&row)[STEPS], const Words4* from, bool is_real) {
 #pragma unroll
     for (int c = 0; c < STEPS; ++c) {

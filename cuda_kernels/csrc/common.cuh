@@ -215,7 +215,7 @@ DEVICE void see_arrived() { __threadfence(); }
 DEVICE float fast_exp(float x) { return __expf(x); }
 DEVICE float fast_exp2(float x) {
     float d;
-    asm("ex2.approx.f32 %0, %1;" : "=f"(d) : "f"(x));
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(d) : "f"(x));
     return d;
 }
 DEVICE float inverse_root(float x) { return rsqrtf(x); }
@@ -223,6 +223,7 @@ DEVICE float fast_divide(float a, float b) { return __fdividef(a, b); }
 DEVICE float round_down(float x) { return floorf(x); }
 DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE int to_int(float x) { return __float2int_rz(x); }
+DEVICE float larger(float a, float b) { return fmaxf(a, b); }  // of a NaN and a number the number
 #endif
 
 DEVICE float bfloat_float(u16 x) { return bits_float((u32)x << 16); }
@@ -231,7 +232,6 @@ DEVICE float high_bfloat(u32 pair) { return bits_float(pair & 0xFFFF0000u); }
 DEVICE u16 float_bfloat(float x) { return (u16)pack_bfloat2(x, 0.f); }
 DEVICE float positive(float x) { return bits_float(float_bits(x) & 0x7FFFFFFFu); }
 DEVICE int smaller(int a, int b) { return a < b ? a : b; }
-DEVICE float larger(float a, float b) { return a > b ? a : b; }
 
 struct __align__(16) Floats4 {
     float v[4];

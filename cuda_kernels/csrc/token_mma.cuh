@@ -1,22 +1,16 @@
 // Products of many tokens with 16 weights of K: on Hopper one instruction of a warpgroup (four warps, 64 channels), which
 // reads the weights from registers, the tokens from shared memory, and runs on while the warps decode; elsewhere, and in
 // the emulator, a loop of one warp's mma over the tokens. A warp brings its own 16 channels either way.
-//
-// Tokens lie in shared memory as rows of 64 halves of K, 128 bytes, their eight 16-byte chunks permuted so that eight
-// rows' equal chunks are in different banks: chunk c of row r is at place c ^ (r & 7). A block begins at a multiple of
-// 1024 bytes.
+// Tokens lie in shared memory as warpgroup.cuh has it, rows of 64 halves of K.
 #pragma once
-#include "common.cuh"
-
-DEVICE u32 swizzled(int row, int chunk) { return (u32)(row * 128 + (chunk ^ (row & 7)) * 16); }
+#include "warpgroup.cuh"
 
 using TokenSums = float[TOKENS / 8][4];  // [tile of 8 tokens][as of m16n8k16]
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 // d += weights · (halves 16·slice.. of the block's rows).
 DEVICE void multiply_tokens(TokenSums& d, const u32 (&a)[4], u32 block, int slice) {
-    // Rows of 128 bytes, groups of eight rows 1024 bytes apart, 128-byte swizzle; addresses in units of 16.
-    u64 b = (u64)1 << 62 | (u64)64 << 32 | (u64)1 << 16 | (u64)((block & 0x3FFFF) >> 4) + 2 * slice;
+    u64 b = describe_rows(block) + 2 * slice;
 #define SUMS(j) "+f"(d[j][0]), "+f"(d[j][1]), "+f"(d[j][2]), "+f"(d[j][3])
 #define A_AND_B "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)
 #if TOKENS == 16
@@ -56,21 +50,6 @@ DEVICE void multiply_tokens(TokenSums& d, const u32 (&a)[4], u32 block, int slic
 #undef SUMS
 #undef A_AND_B
 }
-DEVICE void begin_multiplying() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-DEVICE void commit_multiplying() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Ends the asynchronous life of the sums: they may be read now.
-DEVICE void take_sums(TokenSums& d) {
-    for (auto& tile : d) {
-        for (float& x : tile) asm volatile("" : "+f"(x)::"memory");
-    }
-}
-// What this thread wrote to shared memory is seen by the products that begin after the next barrier.
-DEVICE void show_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-// Until at most `kInFlight` committed groups of products still read their operands.
-template <int kInFlight>
-DEVICE void wait_multiplied() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kInFlight) : "memory");
-}
 #else
 DEVICE void multiply_tokens(TokenSums& d, const u32 (&a)[4], u32 block, int slice) {
     int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
@@ -82,10 +61,4 @@ DEVICE void multiply_tokens(TokenSums& d, const u32 (&a)[4], u32 block, int slic
         mma_half(d[n], a, b0, b1, d[n]);
     }
 }
-DEVICE void begin_multiplying() {}
-DEVICE void take_sums(TokenSums&) {}
-DEVICE void show_shared() {}
-DEVICE void commit_multiplying() {}
-template <int kInFlight>
-DEVICE void wait_multiplied() {}
 #endif

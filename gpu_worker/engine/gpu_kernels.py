@@ -27,15 +27,16 @@ def build_kernels(model: Decoder, device: torch.device, cache_dtype: torch.dtype
     if device.type != "cuda":
         return
     start = time.monotonic()
-    wanted = list(dict.fromkeys(kernels_of(model, cache_dtype)))
-    warm_up(wanted, device_arch(torch.cuda.get_device_capability(device)), _log_progress)
+    arch = device_arch(torch.cuda.get_device_capability(device))
+    wanted = list(dict.fromkeys(kernels_of(model, cache_dtype, arch)))
+    warm_up(wanted, arch, _log_progress)
     logger.info("%d kernels are ready, after %.1f s", len(wanted), time.monotonic() - start)
 
 
-def kernels_of(model: Decoder, cache_dtype: torch.dtype) -> Iterator[Variant]:
+def kernels_of(model: Decoder, cache_dtype: torch.dtype, arch: str) -> Iterator[Variant]:
     """Every kernel that a step of this model may launch."""
     yield from (Variant(stem) for stem in ("norm", "rope", "kv_store"))
-    yield from attention_kernels.variants(model.config.head_dim, cache_dtype)
+    yield from attention_kernels.variants(model.config.head_dim, cache_dtype, is_hopper=arch == "sm_90a")
     weights = [weight for layer in model.layers for weight in _weights(layer)]
     bits: set[Bits] = {weight.bits for weight in weights if isinstance(weight, TiledWeight)}
     for width in sorted(bits):

@@ -1,5 +1,7 @@
 """The attention kernels on the host emulator, and the torch form for other shapes, against float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,6 +22,7 @@ def launch(emulator: Emulator, of: Case) -> torch.Tensor:
     return op.launch_attention(emulator, of.query, of.step, of.max_query_len, of.scale)
 
 
+@pytest.mark.parametrize("is_hopper", [False, True])
 @pytest.mark.parametrize(("heads", "head_dim"), [((3, 3), 64), ((9, 3), 64), ((16, 2), 128), ((16, 1), 64)])
 @pytest.mark.parametrize(
     "lengths",
@@ -27,10 +30,10 @@ def launch(emulator: Emulator, of: Case) -> torch.Tensor:
     ids=["one token", "decode", "prefill", "mixed"],
 )
 def test_kernels_agree_with_softmax_attention(
-    heads: tuple[int, int], head_dim: int, lengths: Lengths, emulator: Emulator
+    heads: tuple[int, int], head_dim: int, lengths: Lengths, is_hopper: bool, emulator: Emulator
 ) -> None:
     step = case(lengths, heads, head_dim)
-    check(launch(emulator, step), step)
+    check(launch(replace(emulator, has_warpgroup_products=is_hopper), step), step)
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
@@ -52,7 +55,8 @@ def test_any_mixture(
     emulator_folder: object, lengths: list[tuple[int, int]], block_bits: int, seed: int
 ) -> None:
     step = case(tuple((new, old + new) for new, old in lengths), (4, 2), 64, 2**block_bits, seed)
-    check(launch(Emulator(emulator_folder, seed=seed), step), step)  # type: ignore[arg-type]
+    device = Emulator(emulator_folder, seed=seed, has_warpgroup_products=seed % 2 == 0)  # type: ignore[arg-type]
+    check(launch(device, step), step)
 
 
 def test_shares_meet_in_one_order(emulator_folder: object, emulator: Emulator) -> None:

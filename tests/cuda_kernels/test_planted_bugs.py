@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,11 +37,17 @@ def run_route(device: Device) -> torch.Tensor:
     return routing.launch_route(device, logits, torch.zeros(40), 6, 1e-12)[0]
 
 
-def attention(lengths: Lengths, seed: int = 0) -> Run:
-    of = case(lengths, (8, 2), 64, seed=seed)
-    return lambda device: attention_kernels.launch_attention(
-        device, of.query, of.step, of.max_query_len, of.scale
-    )
+def attention(
+    lengths: Lengths, seed: int = 0, is_hopper: bool = False, heads: tuple[int, int] = (8, 2)
+) -> Run:
+    of = case(lengths, heads, 64, seed=seed)
+
+    def run(device: Device) -> torch.Tensor:
+        assert isinstance(device, Emulator)
+        device = replace(device, has_warpgroup_products=is_hopper)
+        return attention_kernels.launch_attention(device, of.query, of.step, of.max_query_len, of.scale)
+
+    return run
 
 
 def streamed(bits: Bits) -> Run:
@@ -51,6 +58,9 @@ def streamed(bits: Bits) -> Run:
 
 
 decode, prefill, mixture = attention(((1, 500),)), attention(((70, 90),)), attention(((1, 40), (9, 20)))
+# Six tiles of keys: every slot, and the first ones again.
+hopper = attention(((300, 650),), is_hopper=True, heads=(1, 1))
+HOPPER = "attention_hopper.cu"
 PLANTED: dict[str, tuple[Run, str, str, str]] = {
     "norm without its barrier": (run_norm, "norm.cu", "    sync_block();\n    float sum", "    float sum"),
     "norm of the wrong width": (run_norm, "norm.cu", "/ (8 * vectors)", "/ vectors"),
@@ -73,6 +83,16 @@ PLANTED: dict[str, tuple[Run, str, str, str]] = {
     "keys of the future": (prefill, "attention_prefill.cu", "% 2 > last[i / 2]", "% 2 > last[i / 2] + 1"),
     "copies not waited for": (prefill, "attention_prefill.cu", "wait_copies<1>", "wait_copies<2>"),
     "a stage overwritten": (prefill, "attention_prefill.cu", "(turn ^ 1) * STAGE_BYTES, cache", "0, cache"),
+    "other keys of the future": (hopper, HOPPER, "% 2 > last[i / 2]", "% 2 > last[i / 2] + 1"),
+    "sums below an earlier top": (hopper, HOPPER, "*= factor[i / 2]", "*= 1"),
+    "a slot shown too early": (hopper, HOPPER, "wait_copies<LAG>", "wait_copies<LAG + 1>"),
+    "rows not swizzled": (
+        hopper,
+        HOPPER,
+        "swizzled(base + i, chunk % 8)",
+        "swizzled((base + i) & ~7, chunk % 8)",
+    ),
+    "values of the wrong rows": (hopper, "warpgroup.cuh", "slice + 2 * t + 8)", "slice + 2 * t)"),
     "decodes left out": (mixture, "attention_decode.cu", "- token != 1) return", "- token == 1) return"),
     "nibbles swapped": (streamed(4), "tiled.cuh", ">> 8 * (index % 2)", ">> 8 * (1 - index % 2)"),
     "a byte as unsigned": (streamed(8), "tiled.cuh", "(0x1p23f + 128)", "0x1p23f"),

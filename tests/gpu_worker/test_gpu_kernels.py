@@ -31,7 +31,9 @@ def streamed(path: Path) -> Decoder:
 
 
 def test_kernels_follow_the_weights_formats(tmp_path: Path) -> None:
-    wanted = set(kernels_of(streamed(make_tiny_model(tmp_path / "q", quantized=True)), torch.bfloat16))
+    wanted = set(
+        kernels_of(streamed(make_tiny_model(tmp_path / "q", quantized=True)), torch.bfloat16, "sm_90a")
+    )
     stems = {variant.stem for variant in wanted}
     assert {"norm", "rope", "kv_store", "route", "routing", "moe_wint2", "tiled_linear"} <= stems
     assert {dict(v.defines)["BITS"] for v in wanted if v.stem == "tiled_linear"} == {4}

@@ -365,3 +365,4 @@ DEVICE float fast_divide(float a, float b) { return a / b; }
 DEVICE float round_down(float x) { return std::floor(x); }
 DEVICE float fused(float a, float b, float c) { return std::fma(a, b, c); }
 DEVICE int to_int(float x) { return (int)x; }
+DEVICE float larger(float a, float b) { return std::fmax(a, b); }
