@@ -117,5 +117,5 @@ class EngineConfig:
     dtype: torch.dtype
     tensor_parallel_size: int = 1
     use_cudagraph: bool = True
-    overlap: bool = False  # tell of a step while the device computes the next
+    overlap: bool = False  # plan the next step, and tell of the last, while the device computes one
     seed: int = 0  # of the seeds given to requests that bring none

@@ -96,9 +96,12 @@ class BlockManager:
 
     def forget(self, blocks: Iterable[int]) -> None:
         """Makes blocks that only one table holds unfindable: their content is not to be trusted."""
-        for block in blocks:
-            if self._ref_counts[block] == 1:
-                self._forget(block)
+        for block in self.own(blocks):
+            self._forget(block)
+
+    def own(self, blocks: Iterable[int]) -> list[int]:
+        """Those that only one table holds."""
+        return [block for block in blocks if self._ref_counts[block] == 1]
 
     def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
         """Asserts that the references counted are those of the block tables, and that the indexes agree."""

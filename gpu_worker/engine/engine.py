@@ -1,6 +1,12 @@
 """The engine: `add` a request, `abort` one, `step` them all. Synchronous, one thread, no wire.
 
-step:  Scheduler.schedule() -> BatchBuilder.build() -> ModelRunner.run() -> Sampler.sample() -> StepOutputs
+step:  Scheduler.schedule() -> BatchBuilder.build() -> ModelRunner.run() -> Sampler.draw() -> Sampler.read()
+
+With overlap a step is read when the next one has been launched, which takes the tokens from where they were
+drawn; what a sequence that has ended meanwhile was given then is dropped:
+
+    host     schedule, launch 1 | schedule, launch 2 | read 1 | schedule, launch 3 | read 2
+    device                      | step 1 .................... | step 2 ..................... | step 3
 """
 
 from __future__ import annotations
@@ -23,10 +29,10 @@ from gpu_worker.engine.errors import RequestError
 from gpu_worker.engine.grammars import Constraint, Grammars
 from gpu_worker.engine.logprobs import PromptScorer
 from gpu_worker.engine.runner import Graphs, Model, ModelRunner
-from gpu_worker.engine.sampler import Sampler, Samples
+from gpu_worker.engine.sampler import Drawn, Sampler, Samples
 from gpu_worker.engine.scheduler import ScheduledStep, Scheduler
 from gpu_worker.engine.sequence import FinishReason, Request, Sequence, StepOutput, Timings
-from gpu_worker.engine.sequence_table import SequenceTable
+from gpu_worker.engine.sequence_table import Rows, SequenceTable
 from gpu_worker.layers.kv_cache import KVCache
 from gpu_worker.sampling_params import SamplingParams
 
@@ -54,6 +60,19 @@ class EngineStats:
 
 def _nothing() -> None:
     pass
+
+
+@dataclass(frozen=True, slots=True)
+class _Flight:
+    """A step that the device has been given, and how long its sampled sequences are with their new tokens."""
+
+    drawn: Drawn
+    sequences: list[Sequence]
+    lengths: Rows
+
+    def alive(self) -> Rows:
+        """Positions of the sequences that have not ended since."""
+        return np.flatnonzero([sequence.row is not None for sequence in self.sequences])
 
 
 class Engine:
@@ -87,6 +106,7 @@ class Engine:
         self._live: dict[str, list[Sequence]] = {}
         self._deadlines: list[tuple[float, int, Request]] = []
         self._outputs: list[StepOutput] = []
+        self._flight: _Flight | None = None
         self._num_requests = self._num_tokens = self._num_prompt_tokens = self._num_generation_tokens = 0
         self._num_steps_by_tokens = np.zeros(len(STEP_TOKENS) + 1, np.int64)
 
@@ -132,13 +152,17 @@ class Engine:
     def step(self, meanwhile: Callable[[], None] = _nothing) -> list[StepOutput]:
         """Computes one step and tells what it gave to whom; `meanwhile` runs once the device has its work."""
         self._expire()
+        if not self._can_run_ahead():
+            self._land()
         step = self._scheduler.schedule()
         for sequence in step.admitted:
             self._take_up(sequence)
-        logits_SV = self._launch(step) if len(step.rows) else None
+        launched = self._launch(step) if len(step.rows) else None
         meanwhile()
-        if logits_SV is not None:
-            self._collect(step, self._sampler.sample(logits_SV, step.sampled_rows))
+        self._land()
+        self._flight = launched
+        if not self.config.overlap:
+            self._land()
         return self.take_outputs()
 
     def take_outputs(self) -> list[StepOutput]:
@@ -203,26 +227,46 @@ class Engine:
             if sequence.index == 0:
                 self._num_prompt_tokens += sequence.num_prompt_tokens
 
-    def _launch(self, step: ScheduledStep) -> torch.Tensor:
-        """float32 logits [S, V] of the sampled rows, on a GPU before they are there."""
+    def _can_run_ahead(self) -> bool:
+        """Whether the next step can be planned without the tokens of the one that the device is at."""
+        return self._scheduler.can_grow and not self._sampler.needs_tokens(self._table.rows)
+
+    def _launch(self, step: ScheduledStep) -> _Flight:
+        """Gives the device all of a step, to the drawing of tokens."""
         if step.copies:
             self._kv_cache.copy_blocks(step.copies)
-        batch = self._batches.build(step)
+        rows = step.sampled_rows
+        batch = self._batches.build(step, self._flight.drawn if self._flight else None)
         sampled = None if step.is_sampled.all() else torch.from_numpy(np.flatnonzero(step.is_sampled))
-        self._sampler.prepare(step.sampled_rows)
+        self._sampler.prepare(rows)
         stretches = self._scorer.find(step)
         read_hidden = partial(self._scorer.score, stretches) if stretches else None
         self._num_tokens += step.num_tokens
         self._num_steps_by_tokens[bisect_left(STEP_TOKENS, step.num_tokens)] += 1
-        return self._runner.run(batch, sampled, read_hidden)
-
-    def _collect(self, step: ScheduledStep, samples: Samples) -> None:
-        """Takes the step's tokens into the table, and ends the sequences that they end."""
-        rows, table = step.sampled_rows, self._table
+        drawn = self._sampler.draw(self._runner.run(batch, sampled, read_hidden), rows)
         self._scheduler.commit(step)
-        table.append_tokens(rows, samples.token_ids)
-        counts = table.num_tokens[rows] - table.num_prompt_tokens[rows]
-        sequences = [table.sequence(row) for row in rows.tolist()]
+        return _Flight(
+            drawn, [self._table.sequence(row) for row in rows.tolist()], self._table.num_tokens[rows]
+        )
+
+    def _land(self) -> None:
+        """Waits for the step that the device is at, if there is one."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return
+        alive, samples = flight.alive(), self._sampler.read(flight.drawn)
+        self._collect(
+            flight.drawn.rows[alive],
+            [flight.sequences[i] for i in alive.tolist()],
+            flight.lengths[alive],
+            samples if len(alive) == len(flight.sequences) else samples.of(alive),
+        )
+
+    def _collect(self, rows: Rows, sequences: list[Sequence], lengths: Rows, samples: Samples) -> None:
+        """Takes a step's tokens into the table, and ends the sequences that they end."""
+        table = self._table
+        self._scheduler.reveal(rows, lengths, samples.token_ids)
+        counts = lengths - table.num_prompt_tokens[rows]
         outputs = list(map(_output, sequences, samples.token_ids.tolist(), counts.tolist()))
         for position, logprobs in samples.logprobs.items():
             outputs[position].logprobs = [logprobs]
@@ -230,7 +274,7 @@ class Engine:
             self._begin(sequences[position], outputs[position])
         is_stop = table.hits_stop(rows, samples.token_ids)
         is_end = is_stop | samples.is_complete
-        for position in np.flatnonzero(is_end | table.hits_limit(rows)).tolist():
+        for position in np.flatnonzero(is_end | (lengths >= table.max_total_tokens[rows])).tolist():
             if is_stop[position]:
                 outputs[position].stop_token_id = int(samples.token_ids[position])
             if position not in samples.errors:
@@ -252,7 +296,9 @@ class Engine:
         """Ends a poisoned request, and it alone; what it wrote to the KV cache is not to be found again."""
         if sequence.row is None:  # a sibling has ended the whole request in this very step
             return
-        self._blocks.forget(self._table.blocks_of(sequence.row))
+        blocks = self._table.blocks_of(sequence.row)
+        self._blocks.forget(blocks)
+        self._kv_cache.clear_blocks(self._blocks.own(blocks))
         output.token_ids, output.logprobs, output.stop_token_id = [], None, None
         output.num_completion_tokens -= 1
         output.error = error
@@ -282,7 +328,8 @@ class Engine:
 
     def _num_completion_tokens(self, sequence: Sequence) -> int:
         row = sequence.row
-        total = sequence.num_tokens if row is None else int(self._table.num_tokens[row])
+        table = self._table
+        total = sequence.num_tokens if row is None else int(table.num_tokens[row] - table.num_unknown[row])
         return total - sequence.num_prompt_tokens
 
     def _timings(self, sequence: Sequence) -> Timings:

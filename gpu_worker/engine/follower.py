@@ -58,6 +58,8 @@ def _do(part: Part, call: str, known: Any) -> None:
             part.model.logits(receive(torch.empty(shape, dtype=dtype, device=device)))
         case "copy_blocks":
             part.kv_cache.copy_blocks(known)
+        case "clear_blocks":
+            part.kv_cache.clear_blocks(known)
 
 
 def _end_with(pipe: int) -> None:

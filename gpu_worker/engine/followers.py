@@ -154,6 +154,10 @@ class LeadCache(KVCache):
         with self._told("copy_blocks", pairs):
             super().copy_blocks(pairs)
 
+    def clear_blocks(self, blocks: Sequence[int]) -> None:
+        with self._told("clear_blocks", blocks):
+            super().clear_blocks(blocks)
+
 
 # The tensors of a batch, and their dtypes.
 _FIELDS = {

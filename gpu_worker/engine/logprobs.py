@@ -23,15 +23,16 @@ _MAX_ROWS = 256
 class LogprobReader:
     """The distributions of some of a step's positions, kept until their tokens are drawn."""
 
-    def __init__(self, logits_SV: torch.Tensor, positions: Rows) -> None:
+    def __init__(self, logits_SV: torch.Tensor, positions: Rows, num_top_S: Rows) -> None:
         self._positions = positions
+        self._num_top_S = num_top_S
         at = torch.from_numpy(positions).to(logits_SV.device)
         self._logprobs_RV = torch.log_softmax(logits_SV[at], dim=-1)
 
-    def read(self, token_ids: Rows, num_top_S: Rows) -> dict[int, PositionLogprobs]:
+    def read(self, token_ids: Rows) -> dict[int, PositionLogprobs]:
         """By position in S: the drawn token's log-probability and as many top ones as asked for."""
         at = self._positions
-        entries = _entries(self._logprobs_RV, token_ids[at].tolist(), num_top_S[at].tolist())
+        entries = _entries(self._logprobs_RV, token_ids[at].tolist(), self._num_top_S[at].tolist())
         return dict(zip(at.tolist(), entries, strict=True))
 
 

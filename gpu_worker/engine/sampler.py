@@ -56,6 +56,29 @@ class Samples:
     errors: dict[int, str]
     logprobs: dict[int, PositionLogprobs]
 
+    def of(self, positions: Rows) -> Samples:
+        """What concerns some of the sequences."""
+        place = {position: i for i, position in enumerate(positions.tolist())}
+        return Samples(
+            self.token_ids[positions],
+            self.is_complete[positions],
+            {place[i]: error for i, error in self.errors.items() if i in place},
+            {place[i]: logprobs for i, logprobs in self.logprobs.items() if i in place},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What `Sampler.draw` has begun; the device may still be at it."""
+
+    token_ids_S: torch.Tensor  # int64, on the device
+    rows: Rows
+    host_token_ids_S: torch.Tensor
+    host_peaks_S: torch.Tensor
+    logprobs: LogprobReader | None
+    is_structured: bool
+    is_done: torch.cuda.Event | None
+
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
@@ -95,6 +118,7 @@ class Sampler:
         self._is_penalised = np.zeros(max_num_seqs, np.bool_)
         self._is_biased = np.zeros(max_num_seqs, np.bool_)
         self._is_structured = np.zeros(max_num_seqs, np.bool_)
+        self._reads_tokens = np.zeros(max_num_seqs, np.bool_)
         self._num_logprobs = np.full(max_num_seqs, -1, np.int64)
         self._counts = TokenCounts(max_num_seqs, vocab_size, device)
         self._masks = TokenMasks(table, vocab_size, grammars)
@@ -113,6 +137,7 @@ class Sampler:
         self._is_penalised[row] = params.is_penalised
         self._is_biased[row] = bool(params.logit_bias)
         self._is_structured[row] = sequence.constraint is not None
+        self._reads_tokens[row] = sequence.constraint is not None or bool(params.bad_words_token_ids)
         self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         if params.is_penalised:
             self._counts.set_row(row, sequence)
@@ -123,21 +148,39 @@ class Sampler:
         plan = self._plan(rows)
         self._masks.start(rows, plan.structured)
 
-    def sample(self, logits_SV: torch.Tensor, rows: Rows) -> Samples:
+    def needs_tokens(self, rows: Rows) -> bool:
+        """Whether what may follow one of the rows depends on its last token itself."""
+        return bool(self._reads_tokens[rows].any())
+
+    def draw(self, logits_SV: torch.Tensor, rows: Rows) -> Drawn:
         """Draws a token for each of the rows, as prepared. float32 logits; edits them in place."""
         plan = self._plan(rows)
-        logprobs = LogprobReader(logits_SV, plan.with_logprobs) if len(plan.with_logprobs) else None
+        logprobs = None
+        if len(plan.with_logprobs):
+            logprobs = LogprobReader(logits_SV, plan.with_logprobs, self._num_logprobs[rows])
         self._edit(logits_SV, plan)
         peaks_S, token_ids_S = logits_SV.max(dim=-1)
         self._draw(logits_SV, token_ids_S, plan)
         self._count(token_ids_S, plan)
-        token_ids = token_ids_S.numpy(force=True)
-        is_poisoned = ~np.isfinite(peaks_S.numpy(force=True))
-        is_complete = np.zeros(len(rows), np.bool_)
+        # On their way to the host now, ahead of what the device is given next.
+        host = [x.to("cpu", non_blocking=True) for x in (token_ids_S, peaks_S)]
+        is_done = torch.cuda.Event() if logits_SV.is_cuda else None
+        if is_done is not None:
+            is_done.record()
+        return Drawn(token_ids_S, rows, host[0], host[1], logprobs, len(plan.structured) > 0, is_done)
+
+    def read(self, drawn: Drawn) -> Samples:
+        """Waits for what was drawn."""
+        if drawn.is_done is not None:
+            drawn.is_done.synchronize()
+        token_ids = drawn.host_token_ids_S.numpy()
+        is_poisoned = ~np.isfinite(drawn.host_peaks_S.numpy())
+        is_complete = np.zeros(len(token_ids), np.bool_)
         errors = dict.fromkeys(np.flatnonzero(is_poisoned).tolist(), _NOTHING_FINITE)
-        self._advance(token_ids, is_complete, errors)
-        wanted = self._num_logprobs[rows]
-        return Samples(token_ids, is_complete, errors, logprobs.read(token_ids, wanted) if logprobs else {})
+        if drawn.is_structured:
+            self._advance(token_ids, is_complete, errors)
+        logprobs = drawn.logprobs.read(token_ids) if drawn.logprobs else {}
+        return Samples(token_ids, is_complete, errors, logprobs)
 
     def _edit(self, logits_SV: torch.Tensor, plan: _Plan) -> None:
         positions, token_ids, values = plan.biased

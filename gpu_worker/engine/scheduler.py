@@ -90,20 +90,35 @@ class Scheduler:
         self._copies = []
         self._grow_tables()
         table = self._table
-        rows = table.rows
-        granted = self._grant(table.num_tokens[rows] - table.num_computed[rows])
+        rows = table.unfinished_rows
+        granted = self._grant(rows)
         self._register_filled(rows, granted)
         admitted = list(self._admit(self._config.max_num_batched_tokens - int(granted.sum())))
+        newcomers = table.sequences[len(table) - len(admitted) :]
         if admitted:
-            rows = table.rows
+            rows = np.append(rows, table.rows[len(table) - len(admitted) :])
             granted = np.append(granted, np.array(admitted, np.int64))
         is_sampled = table.num_computed[rows] + granted == table.num_tokens[rows]
-        newcomers = table.sequences[len(table) - len(admitted) :]
         return ScheduledStep(rows, granted, is_sampled, newcomers, self._copies)
 
+    @property
+    def can_grow(self) -> bool:
+        """Whether every running sequence can go on without another's being preempted."""
+        return len(self._table.rows_short_of_blocks()) <= self._blocks.num_free
+
     def commit(self, step: ScheduledStep) -> None:
-        """Counts a step's tokens as computed."""
+        """Counts a step's tokens as computed, and those it samples as there."""
         self._table.num_computed[step.rows] += step.num_scheduled
+        self._table.append_unknown(step.sampled_rows)
+
+    def reveal(self, rows: Rows, lengths: Rows, token_ids: Rows) -> None:
+        """Takes the tokens that brought the rows to these lengths; registers blocks that waited for them."""
+        table = self._table
+        table.reveal(rows, lengths, token_ids)
+        is_filled = (lengths % table.block_size == 0) & (table.num_computed[rows] >= lengths)
+        for i in np.flatnonzero(is_filled).tolist():
+            end = int(lengths[i]) // table.block_size
+            self._register(int(rows[i]), end - 1, end)
 
     def check_integrity(self) -> None:
         """Asserts that blocks, tables and queue agree."""
@@ -116,14 +131,13 @@ class Scheduler:
         assert all(sequence.row is None for sequence in self._waiting)
         assert self._waiting == sorted(self._waiting, key=_order)
 
-    def _grant(self, wanted: Rows) -> Rows:
+    def _grant(self, rows: Rows) -> Rows:
         """Shares the budget: one token to each decoding row, the rest to prefilling ones, oldest first."""
-        granted = np.minimum(wanted, 1)
+        wanted = self._table.num_tokens[rows] - self._table.num_computed[rows]
+        granted: Rows = np.minimum(wanted, 1)
         budget = self._config.max_num_batched_tokens - int(granted.sum())
         prefilling = np.flatnonzero(wanted > 1)
-        ranks = sorted(
-            prefilling.tolist(), key=lambda i: self._table.sequence(int(self._table.rows[i])).order
-        )
+        ranks = sorted(prefilling.tolist(), key=lambda i: self._table.sequence(int(rows[i])).order)
         for i in ranks:
             granted[i] += min(int(wanted[i]) - 1, budget)
             budget -= int(granted[i]) - 1
@@ -208,12 +222,14 @@ class Scheduler:
     def _register_filled(self, rows: Rows, granted: Rows) -> None:
         """Makes the blocks that the granted tokens fill findable, even for those admitted to the same step.
 
-        A layer stores the keys and values of all the step's tokens before any of them attends.
+        A layer stores the keys and values of all the step's tokens before any of them attends. A block with a
+        token that is not known yet waits for `reveal`.
         """
         before = self._table.num_computed[rows]
         size = self._table.block_size
-        first, end = before // size, (before + granted) // size
-        for i in np.flatnonzero(first != end).tolist():
+        known = self._table.num_tokens[rows] - self._table.num_unknown[rows]
+        first, end = before // size, np.minimum(before + granted, known) // size
+        for i in np.flatnonzero(first < end).tolist():
             self._register(int(rows[i]), int(first[i]), int(end[i]))
 
     def _register(self, row: int, first: int, end: int) -> None:

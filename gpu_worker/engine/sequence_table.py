@@ -6,7 +6,8 @@
      1    prompt ……………… (unused)                      900          512           …                     15
 
 `num_tokens - num_computed` tokens of a row wait for their keys and values: 1 while it decodes, more while it
-prefills. A row is free, or belongs to one sequence from its admission to its end or preemption.
+prefills. A row's last `num_unknown` tokens have been sampled on the device and not read yet: their ids are
+NO_TOKEN here. A row is free, or belongs to one sequence from its admission to its end or preemption.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ class SequenceTable:
         self.num_tokens = np.zeros(max_num_seqs, np.int64)
         self.num_prompt_tokens = np.zeros(max_num_seqs, np.int64)
         self.num_computed = np.zeros(max_num_seqs, np.int64)
+        self.num_unknown = np.zeros(max_num_seqs, np.int64)
         self.max_total_tokens = np.zeros(max_num_seqs, np.int64)
         self.min_total_tokens = np.zeros(max_num_seqs, np.int64)
         self.block_tables = np.zeros((max_num_seqs, max_blocks), np.int32)
@@ -56,6 +58,11 @@ class SequenceTable:
         return self._rows
 
     @property
+    def unfinished_rows(self) -> Rows:
+        """Those that are not as long as they may become, oldest first."""
+        return self.rows[self.num_tokens[self.rows] < self.max_total_tokens[self.rows]]
+
+    @property
     def sequences(self) -> list[Sequence]:
         """The running sequences, oldest first."""
         return list(self._running.values())
@@ -75,6 +82,7 @@ class SequenceTable:
         self.num_tokens[row] = sequence.num_tokens
         self.num_prompt_tokens[row] = sequence.num_prompt_tokens
         self.num_computed[row] = num_computed
+        self.num_unknown[row] = 0
         self.max_total_tokens[row] = sequence.max_total_tokens
         self.min_total_tokens[row] = sequence.num_prompt_tokens + sequence.request.params.min_tokens
         self.num_blocks[row] = 0
@@ -82,11 +90,11 @@ class SequenceTable:
         self._set_stop_ids(row, sequence.stop_ids)
 
     def detach(self, sequence: Sequence) -> list[int]:
-        """Frees a sequence's row, saves its tokens, and returns the blocks that it held."""
+        """Frees a sequence's row, saves its known tokens, and returns the blocks that it held."""
         assert sequence.row is not None
         row = sequence.row
         sequence.row = None
-        sequence.token_ids = self.token_ids[row, : self.num_tokens[row]].copy()
+        sequence.token_ids = self.token_ids[row, : self.num_tokens[row] - self.num_unknown[row]].copy()
         self._sequences[row] = None
         del self._running[row]
         self._free_rows.append(row)
@@ -103,23 +111,25 @@ class SequenceTable:
         self.num_blocks[row] = start + len(blocks)
 
     def rows_short_of_blocks(self) -> Rows:
-        """Rows whose known tokens do not all have a slot."""
-        rows = self.rows
+        """Rows whose tokens do not all have a slot."""
+        rows = self.unfinished_rows
         return rows[self.num_tokens[rows] > self.num_blocks[rows] * self.block_size]
 
-    def append_tokens(self, rows: Rows, token_ids: Rows) -> None:
-        """Appends one sampled token to each row."""
-        self.token_ids[rows, self.num_tokens[rows]] = token_ids
+    def append_unknown(self, rows: Rows) -> None:
+        """Appends to each row the token that is being sampled."""
+        self.token_ids[rows, self.num_tokens[rows]] = NO_TOKEN
         self.num_tokens[rows] += 1
+        self.num_unknown[rows] += 1
+
+    def reveal(self, rows: Rows, lengths: Rows, token_ids: Rows) -> None:
+        """Says what the tokens are that brought the rows to these lengths."""
+        self.token_ids[rows, lengths - 1] = token_ids
+        self.num_unknown[rows] -= 1
 
     def hits_stop(self, rows: Rows, token_ids: Rows) -> NDArray[np.bool_]:
         """Whether each row's new token ends it."""
         hits: NDArray[np.bool_] = (self.stop_ids[rows] == token_ids[:, None]).any(axis=1)
         return hits
-
-    def hits_limit(self, rows: Rows) -> NDArray[np.bool_]:
-        """Whether each row is as long as it may become."""
-        return self.num_tokens[rows] >= self.max_total_tokens[rows]
 
     def _set_stop_ids(self, row: int, stop_ids: tuple[int, ...]) -> None:
         missing = len(stop_ids) - self.stop_ids.shape[1]

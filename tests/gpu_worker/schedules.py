@@ -48,7 +48,9 @@ def random_prompt(rng: np.random.Generator, max_len: int = 30) -> list[int]:
     return rng.integers(2, 4, int(rng.integers(1, max_len + 1))).tolist()
 
 
-def random_engine(rng: np.random.Generator, model: HashModel | None = None) -> Engine:
+def random_engine(
+    rng: np.random.Generator, model: HashModel | None = None, *, overlap: bool = False
+) -> Engine:
     """With blocks for one sequence of the longest kind at least."""
     chunked = bool(rng.integers(2))
     return make_engine(
@@ -60,6 +62,7 @@ def random_engine(rng: np.random.Generator, model: HashModel | None = None) -> E
         max_model_len=MAX_LEN,
         enable_prefix_caching=bool(rng.integers(2)),
         enable_chunked_prefill=chunked,
+        overlap=overlap,
     )
 
 

@@ -15,11 +15,11 @@ SIBLING_AFTER_PREEMPTION = 1010
 NUM_SCHEDULES = 160  # as many as fit a test run; `python -m tests.bench.soak_engine` plays thousands
 
 
-def play_schedule(seed: int) -> int:
+def play_schedule(seed: int, *, overlap: bool) -> int:
     """Returns how many completions were compared."""
     rng = np.random.default_rng(seed)
     model = HashModel()
-    run = Run(random_engine(rng, model))
+    run = Run(random_engine(rng, model, overlap=overlap))
     requests = [
         Request(str(i), random_prompt(rng), random_params(rng), priority=int(rng.integers(-1, 2)))
         for i in range(int(rng.integers(1, 9)))
@@ -56,9 +56,11 @@ def check(request: Request, run: Run, *, is_aborted: bool) -> int:
 
 @pytest.mark.parametrize("part", range(4))
 def test_every_schedule_gives_what_the_naive_engine_gives(part):
-    compared = sum(play_schedule(seed) for seed in range(part, NUM_SCHEDULES, 4))
+    seeds = range(part, NUM_SCHEDULES, 4)
+    compared = sum(play_schedule(seed, overlap=seed // 4 % 2 == 1) for seed in seeds)
     assert compared > NUM_SCHEDULES // 4  # most are not aborted
 
 
-def test_a_sibling_of_a_preempted_completion_does_not_copy_what_is_not_there():
-    assert play_schedule(SIBLING_AFTER_PREEMPTION) > 0
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_sibling_of_a_preempted_completion_does_not_copy_what_is_not_there(overlap):
+    assert play_schedule(SIBLING_AFTER_PREEMPTION, overlap=overlap) > 0

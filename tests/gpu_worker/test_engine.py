@@ -226,3 +226,12 @@ def test_prompts_that_come_together_share_what_they_have_in_common():
     outputs = run(engine)
     assert model.num_forward_tokens == [16 + 2 * 4]  # the last block holds the token to sample from
     assert len({tuple(output.token_ids) for output in outputs.values()}) == 1
+
+
+def test_the_blocks_of_a_poisoned_request_are_wiped():
+    """Whoever is given them next would meet its NaN in the slots that it has not yet written."""
+    engine = make_engine()
+    engine.add(Request("a", [2, 3, POISON], SamplingParams(max_tokens=2)))
+    engine.step()
+    keys, _ = engine._kv_cache.layers[0]
+    assert not keys.any()

@@ -112,8 +112,9 @@ class Rows:
 
     def step(self, logits: torch.Tensor, rows: list[int] | None = None):
         at = self.table.rows if rows is None else np.array(rows)
-        samples = self.sampler.sample(logits.clone(), at)
-        self.table.append_tokens(at, samples.token_ids)
+        samples = self.sampler.read(self.sampler.draw(logits.clone(), at))
+        self.table.append_unknown(at)
+        self.table.reveal(at, self.table.num_tokens[at], samples.token_ids)
         return samples
 
 

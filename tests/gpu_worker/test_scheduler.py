@@ -56,8 +56,10 @@ class Bench:
         self._check_writes(step)
         self.scheduler.commit(step)
         rows = step.sampled_rows
-        self.table.append_tokens(rows, np.full(len(rows), 7))
-        ended = [self.table.sequence(row) for row in rows[self.table.hits_limit(rows)].tolist()]
+        lengths = self.table.num_tokens[rows]
+        self.scheduler.reveal(rows, lengths, np.full(len(rows), 7))
+        is_end = lengths >= self.table.max_total_tokens[rows]
+        ended = [self.table.sequence(row) for row in rows[is_end].tolist()]
         for sequence in ended:
             self.remove(sequence)
         return ended

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import numpy as np
+import pytest
 
 from gpu_worker.engine.sequence import Request
 from gpu_worker.sampling_params import SamplingParams
@@ -13,9 +14,10 @@ from tests.fakes_model import POISON, make_engine
 NUM_REQUESTS = 10_000
 
 
-def test_nothing_is_left_of_ten_thousand_requests():
+@pytest.mark.parametrize("overlap", [False, True])
+def test_nothing_is_left_of_ten_thousand_requests(overlap):
     rng = np.random.default_rng(0)
-    engine = make_engine(num_blocks=160, max_num_seqs=256, max_num_batched_tokens=512)
+    engine = make_engine(num_blocks=160, max_num_seqs=256, max_num_batched_tokens=512, overlap=overlap)
     engine._clock = lambda: float(num_steps)
     endings: Counter[tuple[str, int]] = Counter()
     reasons: Counter[str | None] = Counter()
