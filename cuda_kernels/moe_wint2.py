@@ -3,6 +3,8 @@
 T tokens, D hidden, F expert intermediate, E experts, A experts a token, R = T·A routed rows.
 """
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
@@ -10,16 +12,21 @@ import torch
 from torch import Tensor
 
 from cuda_kernels.build import Variant
-from cuda_kernels.expert_gemm import SortedRows, choose_gemm_tiling, gemm_projection
+from cuda_kernels.expert_batch import BATCH_ROWS, BATCH_SHARED_BYTES, batch_projection, batch_variants
+from cuda_kernels.expert_gemm import SortedRows, choose_gemm_tiling, gemm_projection, gemm_variants
 from cuda_kernels.formats import ccq, layout
 from cuda_kernels.launch import Argument, Device, check, cuda_device
 from cuda_kernels.packing import PackedWint2, code_points, unpack_codes, unpack_local_scales
 
-MAX_DECODE_TOKENS = 64  # more go to csrc/expert_gemm.cu
+# Routed rows an expert, on average, up to which the kernels for few and for several rows are used; more rows
+# go to csrc/expert_gemm.cu. Few are also up to eight tokens: no expert then has more rows than one tile.
+MAX_FEW_ROWS, MAX_SEVERAL_ROWS, MAX_FEW_TOKENS = 8, 20, 8
 
 _WARPS, _THREADS = 16, 512
 _SLOT_BYTES = 1152  # of one warp's ring: one 128-step of a pair
 _STAGES = 3  # of the ring; more gain nothing
+_WARPS_K = 1, 2, 4, 8  # that may share a pair
+_PANEL_STEPS = 1  # what beginning and ending a panel takes, in steps
 _MAX_SORTED_HERE = 128  # routed rows that a projection sorts by itself
 
 
@@ -103,24 +110,45 @@ class Tiling:
         return _WARPS // self.warps_k
 
 
-def choose_tiling(num_tokens: int, num_steps: int, shared_limit: int) -> Tiling:
-    """The tiling for at most `num_tokens` rows an expert and `num_steps` 128-steps of K.
+def choose_tiling(num_tokens: int, num_experts: float, pairs: int, steps: int, device: Device) -> Tiling:
+    """The tiling for at most `num_tokens` rows in each of `num_experts` experts; P `pairs`, K/128 `steps`.
 
-    Rows: the smallest tile that holds one row a token, up to 8. Warps along K: 8 if that divides the steps,
-    so that no warp waits, else 4. Passes: as few as let a tile's activations fit.
+    Rows: the smallest tile that holds one row a token, up to 8. Warps along K: of those that take the least
+    time the fewest. Passes: as few as let a tile's activations fit.
     """
     rows = next((n for n in (1, 2, 4) if num_tokens <= n), 8)
-    warps_k = 4 if num_steps % 8 else 8
-    for passes in range(1, num_steps + 1):
-        needed = _shared_bytes(warps_k, rows, -(-num_steps // passes))
+    fitting = [tiling for warps_k in _WARPS_K if (tiling := _fit(warps_k, rows, steps, device.shared_bytes))]
+    if not fitting:
+        raise ValueError(f"{device.shared_bytes} bytes of shared memory hold no tile of {rows} rows")
+    return min(
+        fitting, key=lambda tiling: _time(tiling, num_experts, pairs, steps, device.num_multiprocessors)
+    )
+
+
+def _fit(warps_k: int, rows: int, steps: int, shared_limit: int) -> Tiling | None:
+    for passes in range(1, steps + 1):
+        needed = _shared_bytes(warps_k, rows, -(-steps // passes))
         if needed <= shared_limit:
             return Tiling(warps_k, rows, passes, needed)
-    raise ValueError(f"{shared_limit} bytes of shared memory hold no tile of {rows} rows")
+    return None
+
+
+def _time(tiling: Tiling, num_experts: float, pairs: int, steps: int, num_ctas: int) -> float:
+    """Of a CTA's panels, in steps of one warp; half a panel is lost where the last has few pairs."""
+    panels = 0.5 + max(1.0, num_experts * pairs / tiling.warps_n / num_ctas)
+    return panels * tiling.passes * (math.ceil(steps / tiling.passes / tiling.warps_k) + _PANEL_STEPS)
+
+
+def experts_used(num_tokens: int, experts_per_token: int, num_experts: int) -> float:
+    """How many experts some token goes to, on average over random routings."""
+    missed = (1 - experts_per_token / num_experts) ** num_tokens
+    return num_experts * (1 - missed)
 
 
 def _shared_bytes(warps_k: int, rows: int, steps: int) -> int:
     rings = _WARPS * _STAGES * _SLOT_BYTES
-    partials = 2 * _WARPS * (256 + 128 // warps_k) * 4
+    padding = 128 // warps_k if warps_k > 4 else 0
+    partials = 2 * _WARPS * (256 + padding) * 4 if warps_k > 1 else 2 * _MAX_SORTED_HERE * 4
     activations = steps * (128 + 256 * rows) + rows * 4
     sorted_here = 5 * _MAX_SORTED_HERE * 4 + 4
     return rings + 64 + partials + activations + sorted_here
@@ -128,7 +156,12 @@ def _shared_bytes(warps_k: int, rows: int, steps: int) -> int:
 
 def projection_variants() -> list[Variant]:
     """Every variant that `choose_tiling` may ask for."""
-    return [_variant(*shape) for shape in product((False, True), (8, 4), (1, 2, 4, 8))]
+    return [_variant(*shape) for shape in product((False, True), _WARPS_K, (1, 2, 4, 8))]
+
+
+def moe_wint2_variants() -> list[Variant]:
+    """Every kernel of a layer's experts but those of `routing`, for any number of tokens."""
+    return projection_variants() + batch_variants() + gemm_variants()
 
 
 def _variant(is_gated: bool, warps_k: int, rows: int) -> Variant:
@@ -148,13 +181,20 @@ def launch_moe_wint2(
     num_routed, width = ids_TA.numel(), hidden_TD.shape[1]
     h_RF = hidden_TD.new_empty((num_routed, up_gate.num_features))
     y_RD = hidden_TD.new_empty((num_routed, width), dtype=torch.float32)
-    run = _launch_many if hidden_TD.shape[0] > MAX_DECODE_TOKENS else _launch_few
+    run = _choose_path(hidden_TD.shape[0], num_routed / up_gate.num_experts, device.shared_bytes)
     run(device, hidden_TD, ids_TA, weights_TA, up_gate, down, h_RF, y_RD)
     out_TD = torch.empty_like(hidden_TD)
     combine: list[Argument] = [y_RD, out_TD, width, ids_TA.shape[1]]
     grid = hidden_TD.shape[0], -(-width // 1024)
     device.launch(Variant("routing"), "combine", grid, 256, 0, combine, overlaps=True)
     return out_TD
+
+
+def _choose_path(num_tokens: int, rows_per_expert: float, shared_limit: int) -> Callable[..., None]:
+    several = _launch_several if shared_limit >= BATCH_SHARED_BYTES else _launch_few
+    if num_tokens <= MAX_FEW_TOKENS or rows_per_expert <= MAX_FEW_ROWS:
+        return _launch_few
+    return several if rows_per_expert <= MAX_SEVERAL_ROWS else _launch_many
 
 
 def _launch_few(
@@ -167,12 +207,28 @@ def _launch_few(
     h_RF: Tensor,
     y_RD: Tensor,
 ) -> None:
-    num_tokens = hidden_TD.shape[0]
-    tiling = choose_tiling(num_tokens, up_gate.num_steps, device.shared_bytes)
-    down_tiling = choose_tiling(num_tokens, down.num_steps, device.shared_bytes)
+    num_tokens, experts_per_token = ids_TA.shape
+    used = experts_used(num_tokens, experts_per_token, up_gate.num_experts)
+    tiling = choose_tiling(num_tokens, used, up_gate.num_pairs, up_gate.num_steps, device)
+    down_tiling = choose_tiling(num_tokens, used, down.num_pairs, down.num_steps, device)
     routed = route_rows(device, ids_TA, up_gate.num_experts, tiling.rows)
     project(device, up_gate, tiling, routed, hidden_TD, h_RF, None)
     project(device, down, down_tiling, routed, h_RF, y_RD, weights_TA)
+
+
+def _launch_several(
+    device: Device,
+    hidden_TD: Tensor,
+    ids_TA: Tensor,
+    weights_TA: Tensor,
+    up_gate: PackedWint2,
+    down: PackedWint2,
+    h_RF: Tensor,
+    y_RD: Tensor,
+) -> None:
+    rows = sort_rows(device, ids_TA, up_gate.num_experts, BATCH_ROWS)
+    batch_projection(device, up_gate, rows, hidden_TD, h_RF, None)
+    batch_projection(device, down, rows, h_RF, y_RD, weights_TA)
 
 
 def _launch_many(
@@ -229,10 +285,10 @@ def project(
     out: Tensor,
     expert_weights: Tensor | None,
 ) -> None:
-    panels = -(-packed.num_pairs // tiling.warps_n)
     grid = device.num_multiprocessors
-    panels_kept = min(panels, -(-routed.max_tiles * panels // grid) + 1)
-    scratch_shape = (grid, panels_kept, 4, 256) if tiling.passes > 1 else (1,)
+    pairs = min(packed.num_pairs, -(-routed.max_tiles * packed.num_pairs // grid))
+    panels_kept = -(-pairs // tiling.warps_n)  # in a tile, at most
+    scratch_shape = (grid, panels_kept, tiling.warps_n, 256) if tiling.passes > 1 else (1,)
     strides = (16, 2) if packed.k_order == "natural" else (2, 8)
     arguments: list[Argument] = [packed.records, packed.channels, packed.arithmetic, packed.super_scales]
     arguments += [packed.num_pairs, packed.num_steps, rows, rows.shape[1], rows.shape[1], *strides]

@@ -1,10 +1,9 @@
 // A token tile's activations in shared memory, in the order in which the fragments of the weights meet them.
 #pragma once
-#include "expert_work.cuh"
-#include "wint2.cuh"
+#include "activations.cuh"
+#include "expert_pair.cuh"
 
-constexpr int FRAGMENT_BYTES = ROWS * 64;  // of half a 64-group of the token tile
-constexpr int START_BYTES = 64;
+static_assert(COLUMNS == 1, "the columns of one mma");
 
 struct Rows {
     const u16* values;     // bfloat [*, stride]
@@ -14,12 +13,6 @@ struct Rows {
     int lane_stride, pair_stride;  // of a lane's row index inside a 64-group: the K order of the file
     DEVICE int source(int routed) const { return GATED ? share.routing.sorted[routed] / experts_per_token : routed; }
 };
-
-// The larger of the low and of the high halves, as unsigned numbers.
-DEVICE u32 larger_halves(u32 a, u32 b) {
-    u32 low = (a & 0xFFFF) > (b & 0xFFFF) ? a : b, high = a > b ? a : b;
-    return prmt(low, high, 0x7610);
-}
 
 // As B fragments, with what the accumulators start from.
 struct Activations {
@@ -47,6 +40,13 @@ struct Activations {
         sync_block();
     }
 
+    // Of this lane, from a step on. Columns without a row repeat the last one: what they sum up to is dropped.
+    DEVICE Operands operands(int step, int rows) const {
+        int g = my_lane() / 4, t = my_lane() % 4;
+        return {shared_address(fragments + smaller(g, rows - 1) * 4 + t) + step * 4 * FRAGMENT_BYTES,
+                shared_address(starts + t) + step * 2 * START_BYTES};
+    }
+
     DEVICE float row_scale(int row) const { return activation_scale(largest[row]); }
 
     // One thread takes a lane's sixteen values of one 64-group of one row.
@@ -66,31 +66,13 @@ struct Activations {
     }
 
     DEVICE float stage_lane(const Rows& rows, int source, Span span, int group, int row, int t) {
-        float scale = row_scale(row);
-        const u16* values = rows.values + (long)source * rows.stride;
-        int first = (span.begin * 2 + group) * 64 + t * rows.lane_stride;
-        float x[16];
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            int k = first + i * rows.pair_stride;
-            u32 pair = k < rows.length ? *(const u32*)(values + k) : 0;
-            x[2 * i] = low_bfloat(pair) * scale;
-            x[2 * i + 1] = high_bfloat(pair) * scale;
-        }
+        LaneRow lane = {rows.values + (long)source * rows.stride, rows.length,
+                        (span.begin * 2 + group) * 64 + t * rows.lane_stride, rows.pair_stride, row_scale(row)};
         float offset = 0.f;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const float* a = x + 8 * half;  // the fields of codes 2·half and 2·half+1
-            Words4 words = {pack_activations(a[3] * FACTOR_ODD, a[7] * FACTOR_ODD),
-                            pack_activations(a[2] * FACTOR_EVEN, a[6] * FACTOR_EVEN),
-                            pack_activations(a[1] * FACTOR_ODD, a[5] * FACTOR_ODD),
-                            pack_activations(a[0] * FACTOR_EVEN, a[4] * FACTOR_EVEN)};
-            fragments[((group * 2 + half) * ROWS + row) * 4 + t] = words;
-            offset += OFFSET_ODD * (rounded_sum(words.x) + rounded_sum(words.z));
-            offset += OFFSET_EVEN * (rounded_sum(words.y) + rounded_sum(words.w));
+            fragments[((group * 2 + half) * ROWS + row) * 4 + t] = lane.half_fragment(half, offset);
         }
         return offset;
     }
-
-    DEVICE float rounded_sum(u32 pair) { return unpack_activation(pair & 0xFFFFu) + unpack_activation(pair >> 16); }
 };

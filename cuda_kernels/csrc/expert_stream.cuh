@@ -9,7 +9,7 @@ struct Weights {
     const Words4* channels;     // [E, pairs, 8, 2]: A of rows g, g+8 of both tiles, then B
     const u32* arithmetic;      // [E, pairs]: which Arithmetic A and B are for
     const float* super_scales;  // [E, pairs, 2, 16]
-    int pairs, steps, panels;
+    int pairs, steps;
     DEVICE int code_offset() const { return (steps * 32 + 127) & ~127; }
     DEVICE long record_bytes() const { return code_offset() + steps * 1024L; }
 };
@@ -21,7 +21,7 @@ struct Stream {
     const Share& share;
     int passes, pass_steps;
     u32 ring_codes, ring_scales;  // this lane's, in the first of STAGES slots (codes Words4 [2, 32], scales u32 [32])
-    int tile, pass, panel;    // what the next copy belongs to,
+    int tile, pass, panel;    // what the next copy belongs to (a panel goes by its first pair),
     int left;                 // how many steps of it remain to be copied by this warp,
     const u8 *codes, *scales;  // and this lane's share of the next
     int slot, free;           // bytes into the ring: the oldest step, and the one used last
@@ -29,7 +29,7 @@ struct Stream {
     DEVICE void start() {
         tile = share.first_tile();
         pass = 0;
-        panel = share.first_panel(tile);
+        panel = share.first_pair(tile);
         seek();
         slot = 0;
         free = (STAGES - 1) * SLOT;
@@ -49,9 +49,9 @@ struct Stream {
     DEVICE void seek() {
         for (; share.has_tile(tile); next_panel()) {
             Span span = pass_span(pass, pass_steps, weights.steps);
-            int pair = panel * WARPS_N + my_warp_n();
+            int pair = panel + my_warp_n();
             left = own_steps(span);
-            if (left > 0 && pair < weights.pairs) {
+            if (left > 0 && pair < share.end_pair(tile)) {
                 point(((long)share.routing.tiles[tile].expert * weights.pairs + pair) * weights.record_bytes(), span.begin + my_warp_k());
                 return;
             }
@@ -66,12 +66,12 @@ struct Stream {
     }
 
     DEVICE void next_panel() {
-        if (++panel < share.last_panel(tile)) return;
+        if ((panel += WARPS_N) < share.end_pair(tile)) return;
         if (++pass == passes) {
             pass = 0;
             ++tile;
         }
-        panel = share.first_panel(tile);
+        panel = share.first_pair(tile);
     }
 
     DEVICE void copy(int into) {

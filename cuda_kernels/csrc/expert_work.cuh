@@ -3,7 +3,6 @@
 #include "common.cuh"
 
 constexpr int WARPS = 16, THREADS = 32 * WARPS, WARPS_N = WARPS / WARPS_K;
-static_assert(ROWS <= 8, "the columns of one mma");
 constexpr int MAX_SORTED_HERE = 128;  // routed rows that a CTA sorts by itself; more come sorted from `dispatch`
 
 // At most ROWS routed rows of one expert: positions first..first+rows-1 of the sorted order.
@@ -70,16 +69,17 @@ DEVICE Span pass_span(int pass, int pass_steps, int steps) {
 // One warp's part of it.
 DEVICE int own_steps(Span span) { return (span.end - span.begin - my_warp_k() + WARPS_K - 1) / WARPS_K; }
 
-// The CTA's run of units (tile, panel), and its panels in a tile; in shared memory.
+// The CTA's run of the flat list of (tile, pair), and its pairs of a tile; in shared memory. Its last panel in a tile may
+// have fewer pairs than warps: CTAs' shares then differ by a pair, not by a panel.
 struct Share {
     Routing routing;
-    int begin, end, panels;
-    DEVICE int first_tile() const { return begin / panels; }
-    DEVICE bool has_tile(int tile) const { return tile * panels < end; }
-    DEVICE int first_panel(int tile) const { return tile * panels < begin ? begin - tile * panels : 0; }
-    DEVICE int last_panel(int tile) const { return smaller(end - tile * panels, panels); }
+    int begin, end, pairs;
+    DEVICE int first_tile() const { return begin / pairs; }
+    DEVICE bool has_tile(int tile) const { return tile * pairs < end; }
+    DEVICE int first_pair(int tile) const { return tile * pairs < begin ? begin - tile * pairs : 0; }
+    DEVICE int end_pair(int tile) const { return smaller(end - tile * pairs, pairs); }
 };
-DEVICE Share my_share(const Routing& routing, int panels) {
-    int units = *routing.num_tiles * panels;
-    return {routing, (int)((long)units * blockIdx.x / gridDim.x), (int)((long)units * (blockIdx.x + 1) / gridDim.x), panels};
+DEVICE Share my_share(const Routing& routing, int pairs) {
+    long units = (long)*routing.num_tiles * pairs;
+    return {routing, (int)(units * blockIdx.x / gridDim.x), (int)(units * (blockIdx.x + 1) / gridDim.x), pairs};
 }

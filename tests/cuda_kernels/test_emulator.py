@@ -12,6 +12,7 @@ import torch
 
 from cuda_kernels import moe_wint2 as op
 from cuda_kernels.build import SOURCES
+from cuda_kernels.expert_batch import BATCH_ROWS, batch_projection
 from cuda_kernels.expert_gemm import GemmTiling, gemm_projection
 from tests.cuda_kernels.emulator.emulator import HERE, Emulator, EmulatorError
 from tests.cuda_kernels.generators import layer
@@ -29,7 +30,8 @@ decode_h(Emulator(Path(sys.argv[1]), sources=Path(sys.argv[2]), seed=5, flags=tu
 def decode_h(emulator: Emulator) -> torch.Tensor:
     """The gate and up projection of a few tokens: bf16 h by position."""
     case = layer(3, 4, 2, 256, 136, kind="grid")
-    tiling = op.choose_tiling(3, case.up_gate.num_steps, emulator.shared_bytes)
+    tiling = op._fit(4, 4, case.up_gate.num_steps, emulator.shared_bytes)
+    assert tiling is not None
     h_RF = torch.zeros(6, case.up_gate.num_features, dtype=torch.bfloat16)
     routed = op.route_rows(emulator, case.expert_ids, 4, tiling.rows)
     op.project(emulator, case.up_gate, tiling, routed, case.hidden, h_RF, None)
@@ -45,9 +47,13 @@ def gemm_h(emulator: Emulator) -> torch.Tensor:
     return h_RF
 
 
-@pytest.fixture(scope="session")
-def clean_h(emulator_folder: Path) -> torch.Tensor:
-    return decode_h(Emulator(emulator_folder))
+def batch_h(emulator: Emulator, width: int = 2304) -> torch.Tensor:
+    """The same by the kernel for several rows an expert; the ring of tokens comes round."""
+    case = layer(3, 4, 2, width, 136, kind="grid")
+    h_RF = torch.zeros(6, case.up_gate.num_features, dtype=torch.bfloat16)
+    rows = op.sort_rows(emulator, case.expert_ids, 4, BATCH_ROWS)
+    batch_projection(emulator, case.up_gate, rows, case.hidden, h_RF, None)
+    return h_RF
 
 
 def planted(folder: Path, libraries: Path, file: str, old: str, new: str) -> Emulator:
@@ -64,13 +70,13 @@ WRONG = {
     "no barrier after staging": (
         decode_h,
         "moe_wint2.cu",
-        "constants.load(weights, tile.expert, first);\n    sync_block();",
-        "constants.load(weights, tile.expert, first);",
+        "x.stage(results.rows, tile, span);\n    sync_block();",
+        "x.stage(results.rows, tile, span);",
     ),
     "no wait for the other warps' sums": (
         decode_h,
         "moe_wint2.cu",
-        "if (panel > first) reduction.wait();",
+        "if (!is_first) reduction.wait();",
         "",
     ),
     "no wait for a copy": (
@@ -82,10 +88,23 @@ WRONG = {
     "wrong nibble": (decode_h, "wint2.cuh", "word, 15u << 4 * kIndex", "word, 15u << 4 * (kIndex ^ 1)"),
     "off by one in a row's end": (
         decode_h,
-        "expert_rows.cuh",
-        "pair = k < rows.length ?",
-        "pair = k < rows.length - 2 ?",
+        "activations.cuh",
+        "return k < length ?",
+        "return k < length - 2 ?",
     ),
+    "a chunk of tokens read before it has come": (
+        batch_h,
+        "expert_batch.cu",
+        "if (turn) wait_for_phase(of.begun, turn - 1);",
+        "",
+    ),
+    "a chunk of tokens not waited for": (
+        batch_h,
+        "expert_batch.cu",
+        "if (taken < STAGES - 1) wait_copies<0>();",
+        "",
+    ),
+    "a chunk of tokens overwritten": (batch_h, "expert_batch.cu", "SLOTS = 4;", "SLOTS = 2;"),
     "no barrier in the ring of tokens": (
         gemm_h,
         "expert_gemm.cu",
@@ -97,15 +116,16 @@ WRONG = {
 
 
 @pytest.mark.parametrize("bug", WRONG)
-def test_a_planted_bug_changes_the_result(
-    bug: str, tmp_path: Path, emulator_folder: Path, clean_h: torch.Tensor
-) -> None:
+def test_a_planted_bug_changes_the_result(bug: str, tmp_path: Path, emulator_folder: Path) -> None:
     run, *edit = WRONG[bug]
-    assert not torch.equal(run(planted(tmp_path, emulator_folder, *edit)), clean_h)
+    bad = run(planted(tmp_path, emulator_folder, *edit))
+    assert not torch.equal(bad, run(Emulator(emulator_folder)))
 
 
-def test_both_kernels_agree(clean_h: torch.Tensor, emulator_folder: Path) -> None:
-    torch.testing.assert_close(gemm_h(Emulator(emulator_folder)), clean_h, rtol=2**-7, atol=1e-3)
+def test_the_kernels_agree(emulator_folder: Path) -> None:
+    wanted = decode_h(Emulator(emulator_folder))
+    torch.testing.assert_close(gemm_h(Emulator(emulator_folder)), wanted, rtol=2**-7, atol=1e-3)
+    torch.testing.assert_close(batch_h(Emulator(emulator_folder), 256), wanted, rtol=2**-7, atol=1e-3)
 
 
 def test_a_divergent_warp_instruction_is_a_deadlock(tmp_path: Path, emulator_folder: Path) -> None:
@@ -131,7 +151,7 @@ def test_address_sanitizer_passes_the_clean_kernels(tmp_path: Path) -> None:
 
 def test_address_sanitizer_catches_an_off_by_one(tmp_path: Path) -> None:
     old, new = "if (channel >= out.channels) return;", "if (channel > out.channels) return;"
-    sources = planted(tmp_path, tmp_path, "moe_wint2.cu", old, new).sources
+    sources = planted(tmp_path, tmp_path, "expert_pair.cuh", old, new).sources
     done = sanitized(tmp_path, sources)
     assert done.returncode == 99, done.stderr
     assert "heap-buffer-overflow" in done.stderr

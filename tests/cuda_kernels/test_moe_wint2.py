@@ -15,11 +15,17 @@ from tests.cuda_kernels.emulator.emulator import Emulator
 from tests.cuda_kernels.generators import Layer, layer
 
 H100_SHARED_BYTES = 232448
+H100 = Emulator(Path(), num_multiprocessors=132, shared_bytes=H100_SHARED_BYTES)
 
 
 def error(out: torch.Tensor, layer: Layer) -> float:
     reference = op.moe_wint2(*layer.arguments).double()
     return float((out.double() - reference).norm() / reference.norm())
+
+
+def all_to_one_expert(layer: Layer) -> Layer:
+    layer.expert_ids.zero_()
+    return layer
 
 
 @pytest.mark.parametrize(
@@ -28,8 +34,8 @@ def error(out: torch.Tensor, layer: Layer) -> float:
         (layer(1, 2, 1, 128, 128, k_order="natural"), H100_SHARED_BYTES),
         (layer(3, 4, 2, 576, 128, kind="grid"), H100_SHARED_BYTES),  # the demo model's widths: K padded
         (layer(3, 4, 2, 256, 136, kind="extreme", seed=3), H100_SHARED_BYTES),
-        (layer(20, 2, 1, 256, 136, k_order="natural"), H100_SHARED_BYTES),  # several tiles an expert
-        (layer(44, 3, 3, 256, 48), H100_SHARED_BYTES),  # too many rows for a CTA to sort by itself
+        (all_to_one_expert(layer(20, 6, 1, 256, 136, k_order="natural")), H100_SHARED_BYTES),
+        (layer(44, 36, 3, 256, 48), H100_SHARED_BYTES),  # too many rows for a CTA to sort by itself
         (layer(5, 4, 3, 640, 136), 102_000),  # too little shared memory for all of K: several passes
     ],
     ids=["one token", "padded K", "float codes", "tiles", "dispatch", "passes"],
@@ -42,7 +48,15 @@ def test_kernels_agree_with_the_oracle(case: Layer, shared_bytes: int, emulator:
 @pytest.mark.parametrize("kind", ["any", "grid", "extreme"])
 def test_kernels_for_many_tokens_agree_with_the_oracle(kind: str, emulator: Emulator) -> None:
     """Many experts, so that their shares of the rows, and with them the tiles, are small."""
-    case = layer(op.MAX_DECODE_TOKENS + 1, 16, 1, 192, 72, kind=kind, k_order="natural")
+    case = layer(99, 4, 1, 192, 72, kind=kind, k_order="natural")
+    assert op._choose_path(99, 99 / 4, H100_SHARED_BYTES) is op._launch_many
+    assert error(op.launch_moe_wint2(emulator, *case.arguments), case) < 1e-3
+
+
+@pytest.mark.parametrize("kind", ["any", "grid", "extreme"])
+def test_kernels_for_several_rows_agree_with_the_oracle(kind: str, emulator: Emulator) -> None:
+    case = layer(23, 4, 2, 640, 72, kind=kind)
+    assert op._choose_path(23, 46 / 4, H100_SHARED_BYTES) is op._launch_several
     assert error(op.launch_moe_wint2(emulator, *case.arguments), case) < 1e-3
 
 
@@ -112,7 +126,7 @@ def test_wrong_sizes_are_named() -> None:
 @pytest.mark.parametrize("num_tokens", [1, 2, 3, 8, 9, 64])
 @pytest.mark.parametrize("num_steps", [1, 5, 28, 64, 224])
 def test_tilings_fit_and_hold_the_tokens(num_tokens: int, num_steps: int) -> None:
-    tiling = op.choose_tiling(num_tokens, num_steps, H100_SHARED_BYTES)
+    tiling = op.choose_tiling(num_tokens, 8, 448, num_steps, H100)
     assert tiling.shared_bytes <= H100_SHARED_BYTES
     assert tiling.rows >= min(num_tokens, 8)
     assert 1 <= tiling.passes <= num_steps
@@ -130,13 +144,24 @@ def test_tilings_for_many_tokens_follow_the_experts_shares(num_routed: int, has_
 
 
 def test_a_decode_step_of_the_large_model_keeps_its_activations_at_hand() -> None:
-    assert op.choose_tiling(1, 64, H100_SHARED_BYTES).passes == 1
-    assert op.choose_tiling(8, 64, H100_SHARED_BYTES).passes == 1
+    assert op.choose_tiling(1, 8, 448, 64, H100).passes == 1
+    assert op.choose_tiling(8, 42, 448, 64, H100).passes == 1
+
+
+def test_warps_share_a_pair_where_there_are_few_pairs() -> None:
+    small, large = op.choose_tiling(1, 6, 96, 20, H100), op.choose_tiling(8, 42, 448, 64, H100)
+    assert small.warps_k > large.warps_k
+
+
+def test_experts_used_by_random_routings() -> None:
+    assert op.experts_used(1, 8, 64) == 8
+    assert 41 < op.experts_used(8, 8, 64) < 43
+    assert op.experts_used(1000, 8, 64) == pytest.approx(64)
 
 
 def test_a_device_too_small_for_any_tile_is_named() -> None:
     with pytest.raises(ValueError, match="10000 bytes of shared memory hold no tile of 1 rows"):
-        op.choose_tiling(1, 64, 10_000)
+        op.choose_tiling(1, 8, 448, 64, Emulator(Path(), shared_bytes=10_000))
 
 
 @pytest.mark.gpu

@@ -12,34 +12,42 @@ import pytest
 from cuda_kernels.build import Variant, compile_cubin
 from tests.cuda_kernels import sass
 
-WEIGHTS_PER_MMA = 16 * 16 // 32  # a lane's share of one m16n8k16's weights
+COPIES_PER_STEP, WEIGHTS_PER_STEP = 3, 2 * 16 * 128 // 32  # of one lane
 NAMES = {"LDL", "STL"}
 
 
-def inner_loops(*defines: tuple[str, int], folder: Path) -> list[tuple[bool, bool, float]]:
-    """(has float code, has the long multiplier, instructions a weight) of each loop over steps."""
-    variant = Variant("moe_wint2", (("GATED", 1), ("WARPS_K", 8), ("ROWS", 8), ("STAGES", 3), *defines))
-    found = []
+def inner_loops(stem: str, defines: dict[str, int], folder: Path) -> dict[tuple[int, str], float]:
+    """Instructions a weight of each loop over steps, by its columns of eight tokens and its arithmetic."""
+    variant = Variant(stem, (("GATED", 1), ("STAGES", 3), *defines.items()))
+    found = {}
     for loop in sass.loops(sass.disassemble(compile_cubin(variant, "sm_90a").code, folder)):
         count = sass.opcodes(loop)
         if count["HMMA"] and not count["BAR"] and not count["BSSY"]:
-            weights = count["HMMA"] * WEIGHTS_PER_MMA
-            found.append((count["FRND"] > 0, count["IMAD"] > 0.25 * weights, len(loop) / weights))
+            weights = count["LDGSTS"] // COPIES_PER_STEP * WEIGHTS_PER_STEP
+            kind = "float" if count["FRND"] else "long" if count["IMAD"] > 0.25 * weights else "short"
+            found[count["HMMA"] * 8 // weights, kind] = len(loop) / weights
     return found
 
 
+@pytest.mark.parametrize("warps_k", [1, 8])
 @pytest.mark.parametrize(
     ("defines", "short_budget", "long_budget"),
-    [((), 1.7, 1.95), ((("WINT2_BFLOAT", 1),), 1.95, 2.2)],
+    [({}, 1.7, 1.95), ({"WINT2_BFLOAT": 1}, 1.95, 2.2)],
     ids=["half", "bfloat"],
 )
 def test_inner_loop_keeps_its_budget(
-    defines: tuple[tuple[str, int], ...], short_budget: float, long_budget: float, tmp_path: Path
+    warps_k: int, defines: dict[str, int], short_budget: float, long_budget: float, tmp_path: Path
 ) -> None:
-    loops = inner_loops(*defines, folder=tmp_path)
-    by_kind = {(is_float, is_long): cost for is_float, is_long, cost in loops}
-    assert by_kind[False, False] <= short_budget
-    assert by_kind[False, True] <= long_budget
+    loops = inner_loops("moe_wint2", {"WARPS_K": warps_k, "ROWS": 8, **defines}, tmp_path)
+    assert loops[1, "short"] <= short_budget
+    assert loops[1, "long"] <= long_budget
+
+
+def test_sixteen_tokens_cost_a_quarter_more_than_eight(tmp_path: Path) -> None:
+    loops = inner_loops("expert_batch", {"WARPS_K": 1, "ROWS": 16}, tmp_path)
+    assert loops[1, "short"] <= 1.7
+    assert loops[2, "short"] <= 2.1
+    assert loops[2, "long"] <= 2.35
 
 
 def test_nothing_goes_to_local_memory(tmp_path: Path) -> None:

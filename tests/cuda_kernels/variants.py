@@ -1,6 +1,7 @@
 """Kernels of WINT2 experts that stand for all that an op may ask for: the smallest and the largest tiles."""
 
 from cuda_kernels.build import Variant
+from cuda_kernels.expert_batch import batch_variants
 from cuda_kernels.expert_gemm import gemm_variants
 from cuda_kernels.moe_wint2 import projection_variants
 
@@ -11,6 +12,7 @@ REPRESENTATIVE = (
     Variant("routing"),
     _DECODE[0],
     _DECODE[-1],
+    *batch_variants(),
     *(variant for variant in _GEMM if ("TOKENS", 64) in variant.defines),
     *HOPPER,
 )
