@@ -29,6 +29,9 @@ from cuda_kernels.formats.layout import GROUP_SIZE
 _VECTORS = PANEL // LANES
 _ROW_BYTES = 4 * PANEL  # of four values of k
 _TILE_ROWS = (4, 1)
+_LINE = 64
+# A CPU's own prefetching ends with each page, so the next page is asked for here.
+_AHEAD = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,7 @@ class Weights:
 
     address: Value
     scales: list[Value]
+    is_panel: bool = False  # read where it is stored, and the next group after it
 
 
 # Finds or decodes group `group` of the panel, given the addresses of panel, column scales and 4 KiB of room.
@@ -99,6 +103,8 @@ def _tile(builder: Builder, weights: Weights, zero: int, x_rows: list[Value], y_
     for step in range(GROUP_SIZE // 4):
         row = v.offset(builder, weights.address, step * _ROW_BYTES)
         columns = [v.load(builder, v.offset(builder, row, 4 * LANES * i), VI32) for i in range(_VECTORS)]
+        if weights.is_panel and len(x_rows) == 1:
+            _prefetch(builder, v.offset(builder, row, _AHEAD), _ROW_BYTES)
         for x, accumulators in zip(x_rows, sums, strict=True):
             four = v.splat(builder, v.load(builder, v.offset(builder, x, 4 * step), I32))
             accumulators[:] = [
@@ -107,6 +113,11 @@ def _tile(builder: Builder, weights: Weights, zero: int, x_rows: list[Value], y_
             ]
     for x, y, accumulators in zip(x_rows, y_rows, sums, strict=True):
         _add(builder, weights.scales, x, y, accumulators)
+
+
+def _prefetch(builder: Builder, address: Value, num_bytes: int) -> None:
+    for at in range(0, num_bytes, _LINE):
+        v.prefetch(builder, v.offset(builder, address, at))
 
 
 def _first_sum(builder: Builder, x: Value, zero: int) -> Value:
@@ -130,7 +141,7 @@ def _column_scales(builder: Builder, scale: Value) -> list[Value]:
 def decode_wint8(builder: Builder, panel: Value, scale: Value, group: Value, _: Value) -> Weights:
     """They are as the dot takes them."""
     address = builder.add(panel, v.scaled(builder, group, GROUP_SIZE * PANEL))
-    return Weights(address, _column_scales(builder, scale))
+    return Weights(address, _column_scales(builder, scale), is_panel=True)
 
 
 def decode_wint4(builder: Builder, panel: Value, scale: Value, group: Value, room: Value) -> Weights:
@@ -140,6 +151,7 @@ def decode_wint4(builder: Builder, panel: Value, scale: Value, group: Value, roo
     with cgutils.for_range(builder, ir.Constant(I64, GROUP_SIZE // 8)) as rows:
         row = builder.add(source, v.scaled(builder, rows.index, _ROW_BYTES))
         target = builder.add(room, v.scaled(builder, rows.index, 2 * _ROW_BYTES))
+        _prefetch(builder, v.offset(builder, row, _AHEAD), _ROW_BYTES)
         for at in range(0, _ROW_BYTES, 4 * LANES):
             both = v.load(builder, v.offset(builder, row, at), VI32)
             v.store(builder, builder.and_(both, mask), v.offset(builder, target, at))
@@ -155,6 +167,7 @@ def decode_wint2(builder: Builder, panel: Value, scale: Value, group: Value, roo
     with cgutils.for_range(builder, ir.Constant(I64, GROUP_SIZE // 4)) as rows:
         row = builder.add(codes, v.scaled(builder, rows.index, PANEL))
         target = builder.add(room, v.scaled(builder, rows.index, _ROW_BYTES))
+        v.prefetch(builder, v.offset(builder, row, _AHEAD))
         for index in range(_VECTORS):
             at = v.offset(builder, row, LANES * index)
             code = v.floor(builder, point_of(builder, at, parameters[index]))

@@ -134,6 +134,15 @@ def dot4(builder: Builder, sums: Value, weights: Value, x: Value) -> Value:
     return builder.call(function, (sums, weights, x))
 
 
+def prefetch(builder: Builder, address: Value) -> None:
+    """Has the cache line there fetched; it may be anywhere."""
+    pointer_type = I8.as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer_type, I32, I32, I32])
+    function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+    read, keep_close, data = (ir.Constant(I32, number) for number in (0, 3, 1))
+    builder.call(function, (builder.inttoptr(address, pointer_type), read, keep_close, data))
+
+
 def floor(builder: Builder, x: Value) -> Value:
     """The floor as int32, in one instruction of AVX-512."""
     kind = ir.FunctionType(VI32, [VF32, VI32, I16, I32])

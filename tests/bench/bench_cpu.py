@@ -129,9 +129,15 @@ def report(rounds: list[dict[str, dict[str, float]]], num_threads: int) -> None:
     print(f"tokens a second {time_kind}, {num_threads} thread(s), best of {len(rounds)}")
     cases = list(next(iter(rounds[0].values())))
     print("".join(f"{head:>16}" for head in ("", *cases)))
-    for name in rounds[0]:
-        best = [max(rates[name][case] for rates in rounds) for case in cases]
-        print(f"{name:>16}" + "".join(f"{rate:>16.1f}" for rate in best))
+    best = {name: [max(rates[name][case] for rates in rounds) for case in cases] for name in rounds[0]}
+    for name, rates in best.items():
+        print(f"{name:>16}" + "".join(f"{rate:>16.1f}" for rate in rates))
+    for name, rates in best.items():
+        if name != "wint2":
+            ratios = [mine / theirs for mine, theirs in zip(best["wint2"], rates, strict=True)]
+            print(f"{'wint2 to it':>16}" + "".join(f"{ratio:>16.2f}" for ratio in ratios) + f"  {name}")
+            # Its Python class runs one request at a time: many clients share that rate.
+            print(f"{'':>32}{best['wint2'][1] / rates[0]:>16.2f}{'':>16}  {name}, request after request")
 
 
 if __name__ == "__main__":
