@@ -86,11 +86,18 @@ def wait_ready(port: int) -> None:
 
 
 def is_ready(port: int) -> bool:
-    """Whether the process that takes a new connection offers the engine's model."""
-    url = f"http://127.0.0.1:{port}/v1/models"
-    with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
-        return f'"{MODEL}"'.encode() in answer.read()
-    return False
+    """Whether the process that takes a new connection is ready, and offers the engine's model."""
+    return get(port, "/health") is not None and f'"{MODEL}"'.encode() in (get(port, "/v1/models") or b"")
+
+
+def get(port: int, path: str) -> bytes | None:
+    """The answer, if it is a 200."""
+    with (
+        contextlib.suppress(OSError),
+        urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer,
+    ):
+        return bytes(answer.read())
+    return None
 
 
 def free_port() -> int:

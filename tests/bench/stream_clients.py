@@ -63,7 +63,7 @@ class Clients:
                 self.first.append(now - asked)
             num_tokens += self._count(data, stream, num_tokens, now)
             tail = (tail + data)[-8:]
-        assert num_tokens == COMPLETION_TOKENS, f"{num_tokens} tokens came"
+        assert num_tokens == COMPLETION_TOKENS, f"{num_tokens} tokens came, last {data[-300:]!r}"
         self.num_done += 1
 
     def _count(self, data: bytes, stream: int, num_before: int, now: float) -> int:

@@ -95,7 +95,7 @@ def test_a_cancelled_stream_frees_its_blocks(worker_channel):
     await_load(worker, lambda load: load.num_running == 0 and load.num_used_blocks == 0)
 
 
-def await_load(worker, wanted, timeout_seconds=2.0):
+def await_load(worker, wanted, timeout_seconds=30.0):
     """The worker tells of a state at most a twentieth of a second old."""
     end = time.monotonic() + timeout_seconds
     while not wanted(load := worker.GetLoad(worker_pb2.GetLoadRequest())):

@@ -96,7 +96,7 @@ def test_https_answers_and_logs_its_speed_as_fields(production):
     body = {"prompt": "hello", "max_tokens": 8, "ignore_eos": True}
     with production.http() as http:
         assert http.post("/v1/completions", json=body, headers={"x-request-id": "mine"}).status_code == 200
-    wait_for(lambda: production.access_lines("mine"), "the access line", 5)
+    wait_for(lambda: production.access_lines("mine"), "the access line")
     [access] = production.access_lines("mine")
     assert access["completion_tokens"] == 8
     assert access["time_to_first_token_seconds"] > 0
@@ -124,7 +124,7 @@ def test_a_request_is_one_trace_over_three_processes(production):
     with production.http() as http:
         assert http.post("/v1/chat/completions", json=body, headers=PARENT).status_code == 200
     trace = production.collector.traces[TRACE_ID]
-    wait_for(lambda: {span.name for _, span in list(trace.values())} >= SPANS, "all spans", 10)
+    wait_for(lambda: {span.name for _, span in list(trace.values())} >= SPANS, "all spans")
     assert {service for service, _ in trace.values()} == {"wint2-gateway", "wint2-tokenizer", "wint2-worker"}
     assert not [span.name for _, span in trace.values() if span.status.code]
     names = {span.name: (service, span) for service, span in trace.values()}

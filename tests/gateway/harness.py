@@ -101,7 +101,7 @@ async def registered(
 
     task = asyncio.create_task(register())
     try:
-        await asyncio.wait_for(is_known.wait(), 5)
+        await asyncio.wait_for(is_known.wait(), 30)
         yield
     finally:
         task.cancel()
@@ -118,7 +118,7 @@ async def serving_stack(
         yield made, only
 
 
-async def until(condition: Any, timeout_seconds: float = 5.0) -> None:
+async def until(condition: Any, timeout_seconds: float = 30.0) -> None:
     async with asyncio.timeout(timeout_seconds):
         while not condition():
             await asyncio.sleep(0.01)

@@ -139,7 +139,7 @@ async def test_a_second_signal_ends_at_once(tmp_path):
         await asyncio.sleep(0.2)
         assert process.returncode is None
         process.send_signal(signal.SIGINT)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await process.wait()
         assert process.returncode == 128 + signal.SIGINT
 
@@ -148,6 +148,6 @@ async def test_the_drain_has_a_limit(tmp_path):
     async with running(tmp_path, "--delay", "60", "--drain-timeout", "0.2") as (process, channel):
         await anext(generate(channel))
         process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             await process.wait()
         assert process.returncode == 0

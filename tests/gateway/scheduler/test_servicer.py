@@ -59,7 +59,7 @@ async def placed(stub) -> int:
 
 
 async def until_async(ask, wanted: int) -> None:
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         while await ask() != wanted:
             await asyncio.sleep(0.02)
 
