@@ -99,9 +99,9 @@ def test_logits_match_transformers(decoder, reference):
 
 
 def test_greedy_completions_equal_those_of_transformers(decoder, reference):
-    options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None, "use_cache": True}
+    options = {"max_new_tokens": 256, "do_sample": False, "eos_token_id": None, "use_cache": True}
     output = reference.generate(torch.tensor([PROMPT]), **options)
-    assert greedy(decoder, PROMPT, 16) == output[0, len(PROMPT) :].tolist()
+    assert greedy(decoder, PROMPT, 256) == output[0, len(PROMPT) :].tolist()
 
 
 def test_every_family_is_under_test():
