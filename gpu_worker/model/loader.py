@@ -29,6 +29,7 @@ from gpu_worker.model.dummy import plan_dummy
 from gpu_worker.model.gpu_weights import can_stream, can_stream_experts, stream_experts, stream_linear
 from gpu_worker.model.heap import trim_heap
 from gpu_worker.model.k_order import KOrderChoice, choose_k_order
+from gpu_worker.model.pinned import PinnedTransfer
 from gpu_worker.model.plan import LayerPlan, MLPPlan, ModelPlan, MoEPlan, plan_model
 from gpu_worker.model.safetensors_file import Transfer, keep
 from gpu_worker.model.sharding import shard_config, shard_plan
@@ -92,7 +93,7 @@ def _k_order(plan: ModelPlan, choice: KOrderChoice) -> KOrder:
 
 
 def _transfer_to(device: torch.device) -> Transfer:
-    return keep if device.type == "cpu" else lambda tensor: tensor.to(device)
+    return keep if device.type == "cpu" else PinnedTransfer(device)
 
 
 class _Loader:
