@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 
 from cuda_kernels.formats import wint8
-from cuda_kernels.formats.layout import FormatError, check_rows, check_weight
+from cuda_kernels.formats.encoder import damp
+from cuda_kernels.formats.feedback import feedback_couplings
+from cuda_kernels.formats.layout import FormatError, check, check_rows, check_weight
 
 MAX_LEVEL = 7
 _ROW_MULTIPLE = 64
+_CLIPS = tuple(part / 20 for part in range(10, 21))  # of the scale that clips nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,10 +28,54 @@ class Wint4Weight:
         return self.quant_weight.shape[0], self.quant_weight.shape[1]
 
 
-def quantize(weight: Tensor) -> Wint4Weight:
-    """Round to nearest with scale max|column|/7; a zero column gets scale 0."""
+def quantize(weight: Tensor, *, hessian: Tensor | None = None) -> Wint4Weight:
+    """Round to nearest with scale max|column|/7; a zero column gets scale 0.
+
+    With `hessian` [K, K], the second moment of the inputs, columns are clipped where that costs least, and
+    later rows absorb the error of earlier ones, the heaviest inputs first (GPTQ, Frantar et al. 2022).
+    """
     check_weight(weight, _ROW_MULTIPLE)
-    return Wint4Weight(*wint8.round_columns(weight, MAX_LEVEL))
+    if hessian is None:
+        return Wint4Weight(*wint8.round_columns(weight, MAX_LEVEL))
+    check("hessian", hessian, (weight.shape[0], weight.shape[0]), hessian.dtype)
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    rows, moment = weight.float()[order], damp(hessian.float())[order][:, order]
+    scale = _clip(rows, moment.diagonal())
+    levels = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    return Wint4Weight(levels.index_copy_(0, order, _feed_back(rows, scale, moment)), scale)
+
+
+def _clip(rows: Tensor, importance: Tensor) -> Tensor:
+    """The bf16 scale of each column whose rounding costs least, errors weighted by their row's importance."""
+    full = rows.abs().amax(dim=0) / MAX_LEVEL
+    best, least = full.to(torch.bfloat16), torch.full_like(full, torch.inf)
+    for factor in _CLIPS:
+        scale = (full * factor).to(torch.bfloat16)
+        error = rows - _round(rows, scale) * scale
+        cost = importance @ error.square()
+        best, least = torch.where(cost < least, scale, best), torch.minimum(cost, least)
+    return best
+
+
+def _feed_back(rows: Tensor, scale: Tensor, hessian: Tensor) -> Tensor:
+    """Levels int8 [K, N], row after row; 64 rows at a time take what those before them owe."""
+    coupling = feedback_couplings(hessian, block=1).matrix
+    targets, errors = rows.clone(), torch.zeros_like(rows)
+    levels = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
+    for start in range(0, len(rows), _ROW_MULTIPLE):
+        stop = start + _ROW_MULTIPLE
+        targets[start:stop] += coupling[start:stop, :start] @ errors[:start]
+        for row in range(start, stop):
+            level = _round(targets[row], scale)
+            errors[row] = targets[row] - level * scale
+            targets[row + 1 : stop] += coupling[row + 1 : stop, row : row + 1] * errors[row]
+            levels[row] = level.to(torch.int8)
+    return levels
+
+
+def _round(weight: Tensor, scale: Tensor) -> Tensor:
+    divisor = torch.where(scale == 0, 1.0, scale.float())
+    return (weight / divisor).round().clamp(-MAX_LEVEL, MAX_LEVEL)
 
 
 def dequantize(quant_weight: Tensor, weight_scale: Tensor) -> Tensor:

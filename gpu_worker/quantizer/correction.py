@@ -8,7 +8,7 @@ their own old weights. Shapes: R rows, K inputs, N outputs.
 import torch
 from torch import Tensor
 
-RIDGE = 0.02  # of the mean second moment: how firmly a weight holds to its old value
+RIDGE = 0.2  # of the mean second moment: how firmly a weight holds to its old value
 
 
 def moment(x_RK: Tensor) -> Tensor:

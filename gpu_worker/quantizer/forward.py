@@ -1,9 +1,9 @@
 """One decoder layer over calibration windows, its weights handed in one by one: how the quantizer sees
 activations.
 
-The engine's decoder holds a whole model and a KV cache; a 300B model on a 64 GB machine allows neither. The
-operators are the engine's own. Shapes: S windows, T tokens each, D hidden, H query heads, G KV heads, C head
-dim, E experts, R rows (S·T).
+The engine's decoder holds a whole model and a KV cache; a 300B model on a 64 GB machine allows neither, and
+its operators know no gradients, which tuning needs. Gradients do not pass through the choice of experts.
+Shapes: S windows, T tokens each, D hidden, H query heads, G KV heads, C head dim, E experts, R rows (S·T).
 """
 
 from dataclasses import dataclass
@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cuda_kernels.grouped_routing import route_grouped
-from cuda_kernels.norm import rms_norm
-from cuda_kernels.rope import cos_sin_table, rope
+from cuda_kernels.rope import cos_sin_table
 from cuda_kernels.routing import route
 from gpu_worker.config import ModelConfig
 
@@ -62,8 +61,7 @@ class AttentionExtras:
 
 def normed(hidden: Tensor, norm_D: Tensor, config: ModelConfig) -> Tensor:
     """The normalized input of a block, float32."""
-    rows_RD = hidden.flatten(0, -2).contiguous()
-    return rms_norm(rows_RD, norm_D.float(), config.rms_norm_eps).view(hidden.shape)
+    return functional.rms_norm(hidden, norm_D.shape, norm_D.float(), config.rms_norm_eps)
 
 
 def attention(
@@ -73,22 +71,28 @@ def attention(
     windows, length, _ = x_STD.shape
     heads, kv_heads, size = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     projected = x_STD @ qkv if extras.qkv_bias is None else x_STD @ qkv + extras.qkv_bias
-    fused = projected.view(windows * length, heads + 2 * kv_heads, size)
-    query, key, value = fused.split([heads, kv_heads, kv_heads], dim=1)
+    fused = projected.float().view(windows, length, heads + 2 * kv_heads, size)
+    query, key, value = fused.split([heads, kv_heads, kv_heads], dim=2)
     if extras.q_norm is not None and extras.k_norm is not None:
         query, key = (_norm_heads(x, w, config) for x, w in ((query, extras.q_norm), (key, extras.k_norm)))
-    positions = torch.arange(length).repeat(windows)
     table = cos_sin_table(length, size, config.rope_theta, compression_ratio=config.compression_ratio)
-    query, key = rope(query, key, positions.to(x_STD.device), table.to(x_STD.device))
-    q, k, v = (t.reshape(windows, length, -1, size).transpose(1, 2) for t in (query, key, value))
+    query, key = (_rotate(x, table.to(x_STD.device)) for x in (query, key))
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
     return out.transpose(1, 2).reshape(windows, length, heads * size)
 
 
-def _norm_heads(x_RHC: Tensor, weight: Tensor, config: ModelConfig) -> Tensor:
+def _rotate(x_STHC: Tensor, table_TC: Tensor) -> Tensor:
+    """Rotary embedding of interleaved pairs by a table of cosines and sines."""
+    cos, sin = table_TC.unsqueeze(1).chunk(2, dim=-1)
+    even, odd = x_STHC[..., 0::2], x_STHC[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2)
+
+
+def _norm_heads(x_STHC: Tensor, weight: Tensor, config: ModelConfig) -> Tensor:
     """Heads by themselves, or all together, as the weight is wide."""
-    rows = x_RHC.reshape(-1, weight.shape[0])
-    return rms_norm(rows, weight, config.rms_norm_eps).view(x_RHC.shape)
+    rows = x_STHC.reshape(-1, weight.shape[0])
+    return functional.rms_norm(rows, weight.shape, weight, config.rms_norm_eps).view(x_STHC.shape)
 
 
 def swiglu(x: Tensor, up_gate: Tensor) -> Tensor:
@@ -98,8 +102,10 @@ def swiglu(x: Tensor, up_gate: Tensor) -> Tensor:
 
 
 def routing(x_RD: Tensor, router_DE: Tensor, bias_E: Tensor, config: ModelConfig) -> Routing:
-    """Top-k routing of every row."""
-    logits, grouped = x_RD @ router_DE, config.grouped_routing
+    """Top-k routing of every row, in float32 whatever the rest computes in."""
+    with torch.autocast(x_RD.device.type, enabled=False):
+        logits = (x_RD.float() @ router_DE.float()).detach()
+    grouped = config.grouped_routing
     if grouped is None:
         ids, weights = route(logits, bias_E, config.num_experts_per_token, config.norm_min)
     else:

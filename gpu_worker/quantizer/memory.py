@@ -1,6 +1,9 @@
 """How much memory and disk quantizing takes: bounds known before the first weight is read."""
 
+import os
 import resource
+
+import torch
 
 from gpu_worker.config import ModelConfig
 from gpu_worker.quantizer.recipe import Recipe
@@ -10,6 +13,9 @@ _EMBEDDING_COPIES = 3  # stored dtype, its check for finite values, and the copy
 _WEIGHT_COPIES = 16  # of one projection in float32: original, corrected, decoded, slots, targets, candidates
 _MOMENT_COPIES = 8  # of one Hessian: damped, ordered, factors, couplings
 _STREAM_COPIES = 10  # both streams, their normalized values, balance, attention, rows of an expert
+_TUNED_EXPERT_COPIES = 4  # the original's and ours, in two precisions
+_TUNED_DENSE_COPIES = 6  # the same, gradient and Adam's moments
+_TUNED_COPIES = 10  # of an activation or of the logits, from the products to their gradients
 _STORED_BITS = {"wint2": 2.2, "wint2t": 2.2, "wint4": 4.1}
 
 
@@ -31,6 +37,26 @@ def bound_bytes(config: ModelConfig, recipe: Recipe, num_tokens: int) -> int:
     embedding = _EMBEDDING_COPIES * config.vocab_size * hidden
     layer = max(_layer_bytes(config, recipe, index) for index in range(config.num_hidden_layers))
     return _FLOAT * max(streams + work, embedding) + layer
+
+
+def tuning_bytes(config: ModelConfig, num_tokens: int) -> int:
+    """What tuning needs at most: both models whole, gradients, Adam's moments, a window's activations."""
+    layers = range(config.num_hidden_layers)
+    experts = sum(map(config.is_moe_layer, layers)) * config.num_experts * 3 * config.moe_intermediate_size
+    dense = sum(_layer_bytes(config, Recipe(), layer) for layer in layers)
+    weights = _TUNED_EXPERT_COPIES * experts * config.hidden_size + _TUNED_DENSE_COPIES * dense
+    inner = config.moe_intermediate_size * (config.num_experts_per_token + config.num_shared_experts)
+    activations = config.num_hidden_layers * (_TUNED_COPIES * (config.hidden_size + inner))
+    logits = _TUNED_COPIES * config.vocab_size
+    embedding = 2 * config.vocab_size * config.hidden_size
+    return _FLOAT * (weights + embedding + num_tokens * (activations + logits))
+
+
+def total_bytes(device: torch.device) -> int:
+    """The memory of a device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def output_bytes(config: ModelConfig, recipe: Recipe) -> int:

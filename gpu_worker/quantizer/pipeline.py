@@ -32,6 +32,7 @@ from gpu_worker.quantizer.layer import DenseQuantizer, LayerResult, OnWeights, S
 from gpu_worker.quantizer.recipe import Recipe
 from gpu_worker.quantizer.runner import LayerRunner
 from gpu_worker.quantizer.source import Source
+from gpu_worker.quantizer.tuning import tune
 
 REPORT_NAME = "quantization_report.json"
 
@@ -57,16 +58,19 @@ def quantize_checkpoint(
     recipe: Recipe,
     held_out_ST: Tensor | None = None,
     on_progress: OnProgress = lambda what, done, total: None,
+    tuning_ST: Tensor | None = None,
 ) -> dict[str, Any]:
     """Quantize `source` into the new directory `output_dir`; returns the report, which it also holds.
 
     `calibration_ST` are token ids, int64 [windows, tokens]; on those of `held_out_ST` the written files are
-    compared with the original. A run that was killed goes on after its last finished layer when called again
-    with the same arguments.
+    compared with the original, on those of `tuning_ST` (or calibration's) they are tuned if the recipe says
+    so. A run that was killed goes on after its last finished layer when called again with the
+    same arguments.
     """
     if output_dir.exists():
         raise QuantizeError(f"{output_dir} exists already; remove it or choose another directory")
     _check_input(source, recipe)
+    _check_memory(source, recipe, calibration_ST)
     partial = output_dir.with_name(output_dir.name + ".partial")
     with torch.inference_mode():
         run = _Run(partial, source, recipe, calibration_ST)
@@ -74,7 +78,10 @@ def quantize_checkpoint(
         for layer in run.remaining_layers():
             run.quantize_layer(layer, on_progress)
         run.finish()
-        report = run.report()
+    losses = _tune(partial, source, recipe, calibration_ST if tuning_ST is None else tuning_ST, on_progress)
+    with torch.inference_mode():
+        run.seal()
+        report = run.report() | {"tuning": losses}
         if held_out_ST is not None:
             written = Source(read_model_config(partial), source.device)
             report["evaluation"] = asdict(evaluate(written, held_out_ST, source, on_progress))
@@ -102,6 +109,23 @@ def _check_input(source: Source, recipe: Recipe) -> None:
     if recipe.wint4_end_layer >= config.num_hidden_layers:
         last = config.num_hidden_layers - 1
         raise QuantizeError(f"WINT4 up to layer {recipe.wint4_end_layer}, but the last layer is {last}")
+
+
+def _tune(
+    partial: Path, source: Source, recipe: Recipe, ids_ST: Tensor, on_progress: OnProgress
+) -> list[float]:
+    return tune(source, partial, ids_ST, recipe.tune_steps, on_progress) if recipe.tune_steps else []
+
+
+def _check_memory(source: Source, recipe: Recipe, calibration_ST: Tensor) -> None:
+    """Refuse at the start a tuning that cannot end well."""
+    needed = memory.tuning_bytes(source.config, calibration_ST.shape[1])
+    there = memory.total_bytes(source.device)
+    if recipe.tune_steps and needed > there:
+        raise QuantizeError(
+            f"tuning holds both models in memory, some {needed:,} bytes, but {source.device} has {there:,}; "
+            "do without it (0 steps)"
+        )
 
 
 def _moe_plans(source: Source) -> Iterator[MoEPlan]:
@@ -146,7 +170,7 @@ class _Run:
         self._streams_path(layer).unlink()
 
     def finish(self) -> None:
-        """Everything but the report, and the rename that makes the directory a checkpoint."""
+        """Everything that a reader of the files needs."""
         source_dir = self._config.path
         write_index(self._directory, self._state["shards"])
         for name in _TOKENIZER_FILES:
@@ -155,6 +179,9 @@ class _Run:
         content = json.loads((source_dir / "config.json").read_text(encoding="utf-8"))
         content["quantization_config"] = self._recipe.quantization_config(self._config)
         write_json(self._directory / "config.json", content)
+
+    def seal(self) -> None:
+        """Sum the files, which change no more."""
         checksums.write(self._directory, [self._directory / name for name in self._state["shards"]])
 
     def clean(self) -> None:

@@ -77,7 +77,7 @@ def _encode(
         return path, wint2t.dequantize(*path.tensors().values())
     padded = pad_rows(weight, _PADDLE_ROWS)
     if format == "wint4":
-        low = wint4.quantize(padded)
+        low = wint4.quantize(padded, hessian=_pad_moment(moment, padded.shape[0]))
         return low, wint4.dequantize(low.quant_weight, low.weight_scale)
     high = wint8.quantize(padded)
     return high, wint8.dequantize(high.quant_weight, high.weight_scale)

@@ -21,6 +21,7 @@ class Recipe:
     effort: Effort = "normal"
     correct_experts: bool = True  # fit experts to the original's stream, not to their own old weights
     correct_dense: bool = True  # the same for attention output, dense and shared down projections
+    tune_steps: int = 0  # of end-to-end tuning afterwards, a window each; both models are then held in memory
     min_rows: int = 256  # calibration rows an expert gets at least, lent by its router if need be
 
     def expert_format(self, layer: int) -> ExpertFormat:

@@ -65,6 +65,9 @@ def _tiles(report: dict[str, Any]) -> Iterable[tuple[str, str]]:
     yield "size", f"{report['num_bytes'] / 1e9:.3f} GB of {report['source']['num_bytes'] / 1e9:.3f}"
     yield "calibration", " × ".join(map(str, report["calibration"])) + " tokens"
     yield "peak memory", f"{report['peak_memory_bytes'] / 2**30:.2f} GiB"
+    losses = report["tuning"]
+    if losses:
+        yield "tuning", f"{len(losses)} steps, loss {losses[0]:.3f} to {losses[-1]:.3f}"
     found = report.get("evaluation")
     if found:
         yield "perplexity", f"{found['perplexity']:.3f} (original {found['reference_perplexity']:.3f})"

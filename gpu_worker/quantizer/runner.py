@@ -66,7 +66,10 @@ class LayerRunner:
         routing = self.route(plan, x_RD)
         for expert, mlp in enumerate(plan.experts):
             rows = routing.weights_RE[:, expert].nonzero().squeeze(1)
-            yield rows, self.mlp(mlp, x_RD[rows]) * routing.weights_RE[rows, expert].unsqueeze(1)
+            yield (
+                rows,
+                self.mlp(mlp, x_RD.index_select(0, rows)) * routing.weights_RE[rows, expert].unsqueeze(1),
+            )
 
     def route(self, plan: MoEPlan, x_RD: Tensor) -> forward.Routing:
         """Top-k routing; a router is never quantized."""

@@ -1,105 +1,64 @@
-"""Writes gpu_worker/quantizer/calibration.txt: prose, dialogue, code and lists that the demo's source model
-itself samples.
+"""Writes gpu_worker/quantizer/calibration.txt: documents and chats that the demo's source model samples.
 
-A model's own samples are the text it was trained to expect, free of anyone's copyright, and apart from every
-held-out text. Run: PYTHONPATH=. python tests/bench/make_calibration.py CACHE_DIRECTORY
+A model's own samples at temperature 1 are text it was trained to expect, free of anyone's copyright, and
+apart from every held-out text. A document begins with any capitalized word of the vocabulary, a chat with the
+system line alone, so that the model writes the question too. What holds the prompt of a fact is left out.
+The file that ships was sampled so on a GPU; another machine draws other samples.
+Run: PYTHONPATH=. python tests/bench/make_calibration.py CACHE_DIRECTORY
 """
 
-import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 
+from tests.bench.bench_quality import FACTS
 from tests.wint2.dense_reference import load_llama
 from wint2.demo import tokenizer as demo_tokenizer
 from wint2.demo.source import DenseModel, fetch
 
 OUTPUT = Path(__file__).parents[2] / "gpu_worker" / "quantizer" / "calibration.txt"
-MAX_NEW_TOKENS = 340
-BATCH = 24
-
-SUBJECTS = [
-    "the water cycle",
-    "how bread is baked",
-    "the Roman Empire",
-    "photosynthesis",
-    "the stock market",
-    "a lighthouse keeper",
-    "learning the violin",
-    "the human heart",
-    "planting tomatoes",
-    "the periodic table",
-    "a lost dog",
-    "volcanoes",
-    "writing a cover letter",
-    "the French Revolution",
-    "black holes",
-    "a train journey",
-    "vaccines",
-    "bicycle repair",
-    "democracy",
-    "coral reefs",
-    "the printing press",
-    "a detective in the rain",
-    "sorting algorithms",
-    "meditation",
-    "the Amazon rainforest",
-    "earthquakes",
-    "a birthday party",
-    "renewable energy",
-    "chess openings",
-    "the moon landing",
-    "making cheese",
-    "ancient Egypt",
-    "probability",
-    "a storm at sea",
-    "healthy sleep",
-    "the history of jazz",
-    "supply and demand",
-    "bees",
-    "a letter to a friend",
-    "how computers store numbers",
-    "glaciers",
-    "Shakespeare's plays",
-    "the immune system",
-    "carpentry",
-    "a job interview",
-    "rivers of Asia",
-    "electric motors",
-    "fairy tales",
-]
-STYLES = [
-    "{subject} is",
-    "<|im_start|>user\nTell me about {subject}.<|im_end|>\n<|im_start|>assistant\n",
-    "Chapter 1: An introduction to {subject}\n\n",
-    "<|im_start|>user\nWrite a short story involving {subject}.<|im_end|>\n<|im_start|>assistant\n",
-    "Question: What are the most important facts about {subject}?\nAnswer:",
-    "<|im_start|>user\nWrite a Python function connected with {subject}.<|im_end|>\n<|im_start|>assistant\n",
-]
+NUM_DOCUMENTS, NUM_CHATS, NUM_TOKENS, BATCH = 168, 56, 320, 56
+LEAST_CHARACTERS = 200
+SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+CHAT = f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
+END = "<|endoftext|>"
 
 
 def main() -> None:
     torch.manual_seed(0)
     dense = DenseModel.open(fetch(Path(sys.argv[1])))
     tokenizer, model = demo_tokenizer.build(dense.fields), load_llama(dense)
-    tokenizer.enable_padding(direction="left", pad_id=2, pad_token="<|im_end|>")
-    prompts = [STYLES[i % len(STYLES)].format(subject=s) for i, s in enumerate(SUBJECTS + SUBJECTS[1:])]
-    pieces = []
-    for start in range(0, len(prompts), BATCH):
-        batch = tokenizer.encode_batch(prompts[start : start + BATCH])
-        ids, mask = (torch.tensor([getattr(e, part) for e in batch]) for part in ("ids", "attention_mask"))
-        options = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": True, "temperature": 0.9, "top_p": 0.97}
-        out = model.generate(input_ids=ids, attention_mask=mask, **options)
-        pieces += [_text(tokenizer, row.tolist()) for row in out]
+    facts = [line.split("\t")[0].lower() for line in FACTS.read_text(encoding="utf-8").splitlines()]
+    pieces: list[str] = []
+    for opening in openings(tokenizer):
+        out = model.generate(
+            input_ids=opening, attention_mask=torch.ones_like(opening), do_sample=True, temperature=1.0,
+            top_k=0, max_new_tokens=NUM_TOKENS, eos_token_id=tokenizer.token_to_id(END),
+        )  # fmt: skip
+        texts = [text(tokenizer, row.tolist()) for row in out]
+        pieces += [t for t in texts if len(t) > LEAST_CHARACTERS and not any(f in t.lower() for f in facts)]
         OUTPUT.write_text("\n\n".join(pieces) + "\n", encoding="utf-8")
-        print(f"{len(pieces)} of {len(prompts)} samples", flush=True)
+        print(f"{len(pieces)} samples", flush=True)
 
 
-def _text(tokenizer: demo_tokenizer.Tokenizer, ids: list[int]) -> str:
-    """One sample without its padding on either side."""
-    text = tokenizer.decode(ids, skip_special_tokens=False)
-    return re.sub(r"^(<\|im_end\|>)+|(?<=<\|im_end\|>)(<\|im_end\|>)+", "", text).strip("\n")
+def openings(tokenizer: Tokenizer) -> Iterator[torch.Tensor]:
+    """Token ids [BATCH, T] to go on from."""
+    end = tokenizer.token_to_id(END)
+    words = [index for word, index in tokenizer.get_vocab().items() if word.isalpha() and word.istitle()]
+    for _ in range(NUM_DOCUMENTS // BATCH):
+        chosen = torch.tensor(words)[torch.randint(len(words), (BATCH, 1))]
+        yield torch.cat([torch.full_like(chosen, end), chosen], dim=1)
+    for _ in range(NUM_CHATS // BATCH):
+        yield torch.tensor(tokenizer.encode(CHAT).ids).repeat(BATCH, 1)
+
+
+def text(tokenizer: Tokenizer, ids: list[int]) -> str:
+    """One sample up to its end; no halves of characters."""
+    whole = tokenizer.decode(ids, skip_special_tokens=False)
+    return whole.removeprefix(END).split(END)[0].replace("\ufffd", "").strip()
 
 
 if __name__ == "__main__":

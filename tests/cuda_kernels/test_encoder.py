@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from cuda_kernels.formats import ccq, search, trellis, wint2, wint2t
+from cuda_kernels.formats import ccq, search, trellis, wint2, wint2t, wint4
 from cuda_kernels.formats.codebooks import CODEBOOKS
 
 BOOK = ccq.codebook(*CODEBOOKS[0])
@@ -35,6 +35,14 @@ def uneven_hessian(rows):
 @pytest.mark.parametrize(("effort", "most"), [("fast", 0.1055), ("normal", 0.1035), ("best", 0.1010)])
 def test_wint2_on_gaussian_weights(effort, most):
     assert relative_error(wint2, gaussian(512, 32), effort=effort)[0] < most
+
+
+def test_wint4_gains_from_feedback_too():
+    weight, hessian = gaussian(128, 32), uneven_hessian(128)
+    stored = [wint4.quantize(weight), wint4.quantize(weight, hessian=hessian)]
+    errors = [weight - wint4.dequantize(one.quant_weight, one.weight_scale).float() for one in stored]
+    plain, fed_back = ((error * (hessian @ error)).sum() for error in errors)
+    assert fed_back < plain / 3
 
 
 def test_wint2_gains_from_feedback_what_the_hessian_offers():

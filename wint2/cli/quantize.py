@@ -1,4 +1,4 @@
-"""`wint2 quantize`: a full-precision ERNIE-4.5-MoE checkpoint to a 2-bit one."""
+"""`wint2 quantize`: a full-precision checkpoint of any family that is served to a 2-bit one."""
 
 from __future__ import annotations
 
@@ -51,12 +51,15 @@ def quantize(
     ] = 4,
     min_rows: Annotated[int, typer.Option(min=1, help="calibration tokens an expert gets at least")] = 256,
     correct: Annotated[bool, typer.Option(help="fit weights to the original's outputs first")] = True,
+    tune_steps: Annotated[
+        int, typer.Option(min=0, help="end-to-end tuning afterwards; holds both models in memory")
+    ] = 0,
 ) -> None:
     """Quantize a checkpoint layer by layer, one expert in memory at a time; run again to resume."""
     try:
         config = read_model_config(source)
         end_layer = first_moe_layers(config) if wint4_end_layer is None else wint4_end_layer
-        recipe = Recipe(end_layer, dense, format, effort, correct, correct, min_rows)
+        recipe = Recipe(end_layer, dense, format, effort, correct, correct, tune_steps, min_rows)
         text = _read_text(calibration_file)
         ids_ST = calibration.windows(_token_ids(source, text), num_windows + held_out_windows, window)
         model = Source(config, find_device(device))
