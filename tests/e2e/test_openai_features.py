@@ -43,13 +43,15 @@ def test_a_call_that_must_be_made_is_made(client, choice, is_stream):
     )  # fmt: skip
     if is_stream:
         choices = [chunk.choices[0] for chunk in answer]
-        calls = [call for choice in choices for call in choice.delta.tool_calls or []]
+        head, *more = [call for choice in choices for call in choice.delta.tool_calls or []]
+        assert {piece.index for piece in (head, *more)} == {0}
     else:
         choices = answer.choices
-        calls = choices[0].message.tool_calls
-    [call] = calls
-    assert call.function.name in (("weather", "calendar") if choice == "required" else ("calendar",))
-    assert json.loads(call.function.arguments)["day"] in ("today", "tomorrow")
+        head, *more = choices[0].message.tool_calls
+        assert not more
+    assert head.function.name in (("weather", "calendar") if choice == "required" else ("calendar",))
+    arguments = "".join(piece.function.arguments for piece in (head, *more))
+    assert json.loads(arguments)["day"] in ("today", "tomorrow")
     assert choices[-1].finish_reason == "tool_calls"
 
 
