@@ -59,3 +59,14 @@ def test_a_model_that_cannot_fit_is_refused_with_numbers(ernie_300b, monkeypatch
     monkeypatch.setattr("gpu_worker.engine.preflight.available_cpu_bytes", lambda: 32 * 2**30)
     with pytest.raises(EngineArgsError, match=r"weights need 87\.4 GiB, 32\.0 of memory are available"):
         check_weights_fit(read_model_config(ernie_300b), CPU, 0.9)
+
+
+def test_a_gpu_too_small_for_a_model_is_told_how_many_are_enough(ernie_300b, monkeypatch):
+    properties = type("Properties", (), {"total_memory": 80 * 2**30})
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: properties)
+    gpu = DeviceChoice(torch.device("cuda", 0), "pretended")
+    config = read_model_config(ernie_300b)
+    wanted = r"need 87\.4 GiB, 72\.0 of this GPU's 80\.0 may be used: use --tensor-parallel-size 2"
+    with pytest.raises(EngineArgsError, match=wanted):
+        check_weights_fit(config, gpu, 0.9)
+    check_weights_fit(config, gpu, 0.9, num_ranks=2)
