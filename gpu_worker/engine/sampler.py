@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from gpu_worker.engine.forbidden import ForbiddenTokens
 from gpu_worker.engine.grammars import Grammars
 from gpu_worker.engine.logprobs import LogprobReader
-from gpu_worker.engine.penalties import TokenCounts
+from gpu_worker.engine.penalties import Penalties
 from gpu_worker.engine.sampling_ops import draw_filtered, draw_plain, uniforms
 from gpu_worker.engine.sequence import PositionLogprobs, Sequence
 from gpu_worker.engine.sequence_table import Rows, SequenceTable
@@ -120,7 +120,7 @@ class Sampler:
         self._is_structured = np.zeros(max_num_seqs, np.bool_)
         self._reads_tokens = np.zeros(max_num_seqs, np.bool_)
         self._num_logprobs = np.full(max_num_seqs, -1, np.int64)
-        self._counts = TokenCounts(max_num_seqs, vocab_size, device)
+        self._penalties = Penalties(max_num_seqs, vocab_size, device)
         self._masks = TokenMasks(table, vocab_size, grammars)
         self._cached_plan: _Plan | None = None
 
@@ -140,7 +140,7 @@ class Sampler:
         self._reads_tokens[row] = sequence.constraint is not None or bool(params.bad_words_token_ids)
         self._num_logprobs[row] = -1 if params.logprobs is None else params.logprobs
         if params.is_penalised:
-            self._counts.set_row(row, sequence)
+            self._penalties.set_row(row, sequence)
         self._cached_plan = None
 
     def prepare(self, rows: Rows) -> None:
@@ -188,8 +188,7 @@ class Sampler:
             logits_SV[positions, token_ids] += values
         if len(plan.penalised):
             at = plan.penalised
-            strengths = (plan.columns[name][at] for name in _PENALTY_COLUMNS)
-            logits_SV[at] = self._counts.penalise(logits_SV[at], plan.rows_S[at], *strengths)
+            logits_SV.index_copy_(0, at, self._penalties.apply(_pick(logits_SV, at), plan.rows_S[at]))
         plan.forbidden.apply(logits_SV)
         self._masks.apply(logits_SV)
 
@@ -217,7 +216,9 @@ class Sampler:
 
     def _count(self, token_ids_S: torch.Tensor, plan: _Plan) -> None:
         if len(plan.penalised):
-            self._counts.add(plan.rows_S[plan.penalised], token_ids_S[plan.penalised])
+            at = plan.penalised
+            strengths = (plan.columns[name][at] for name in _PENALTY_COLUMNS)
+            self._penalties.add(plan.rows_S[at], token_ids_S[at], *strengths)
 
     def _num_completion_tokens(self, rows: Rows) -> Rows:
         return self._table.num_tokens[rows] - self._table.num_prompt_tokens[rows]

@@ -74,7 +74,8 @@ def draw_filtered(
     token_ids_S = torch.zeros(len(scaled_SV), dtype=torch.int64, device=scaled_SV.device)
     left = torch.arange(len(scaled_SV), device=scaled_SV.device)
     for window in (*(width for width in WINDOWS if width < vocab_size), vocab_size):
-        drawn, is_exact = _draw_from_likeliest(scaled_SV[left], window, *(arg[left] for arg in args))
+        of_left = scaled_SV if len(left) == len(scaled_SV) else scaled_SV[left]
+        drawn, is_exact = _draw_from_likeliest(of_left, window, *(arg[left] for arg in args))
         token_ids_S[left] = drawn
         left = left[~is_exact]
         if not len(left):
@@ -92,8 +93,9 @@ def _draw_from_likeliest(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Draws from the `window` likeliest tokens; also says for which rows no kept token lies beyond them."""
     vocab_size = scaled_SV.shape[1]
-    probs_SV = torch.softmax(scaled_SV, dim=-1, dtype=torch.float64)
-    probs_SW, ids_SW = probs_SV.topk(window, dim=-1)
+    logits_SW, ids_SW = scaled_SV.topk(window, dim=-1)
+    # Doubles for the window alone: of all tokens only the total is needed.
+    probs_SW = (logits_SW.double() - torch.logsumexp(scaled_SV, dim=-1, keepdim=True)).exp_()
     mass_SW = probs_SW.cumsum(dim=-1)
     limit_S = torch.where(top_k_S > 0, top_k_S, vocab_size)
     last_S = limit_S.clamp(max=window)[:, None] - 1

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpu_worker.engine.penalties import TokenCounts
+from gpu_worker.engine.penalties import Penalties
 from gpu_worker.engine.sampler import Sampler
 from gpu_worker.engine.sampling_ops import WINDOWS, draw_filtered, draw_plain, uniforms
 from gpu_worker.engine.sequence import Request, Sequence
@@ -138,13 +138,15 @@ def test_a_row_does_not_know_its_neighbours():
 
 
 def test_penalties_follow_their_formulas():
-    counts = TokenCounts(1, 8, torch.device("cpu"))
-    request = Request("r", [1, 2], SamplingParams())
-    sequence = Sequence(request, 0, (0.0, 0, 0), 0, 9, (), np.array([1, 2, 2, 3, 3], np.int32))
-    counts.set_row(0, sequence)  # prompt 1 2, completion 2 3 3
+    penalties, row = Penalties(1, 8, torch.device("cpu")), torch.tensor([0])
+    strengths = {"repetition_penalty": 2.0, "presence_penalty": 0.25, "frequency_penalty": 0.5}
+    request = Request("r", [1, 2], SamplingParams(**strengths))
+    sequence = Sequence(request, 0, (0.0, 0, 0), 0, 9, (), np.array([1, 2, 2], np.int32))
+    penalties.set_row(0, sequence)  # prompt 1 2, completion 2, then 3 3
+    for _ in range(2):
+        penalties.add(row, torch.tensor([3]), *(torch.tensor([one]) for one in strengths.values()))
     logits = torch.tensor([[1.0, -1.0, 2.0, 4.0, 5.0, 0, 0, 0]])
-    columns = (torch.tensor([2.0]), torch.tensor([0.25]), torch.tensor([0.5]))
-    penalised = counts.penalise(logits, torch.tensor([0]), *columns)
+    penalised = penalties.apply(logits, row)
     expected = [1.0, -2.0, 1.0 - 0.5 - 0.25, 2.0 - 1.0 - 0.25, 5.0, 0, 0, 0]
     assert penalised[0].tolist() == expected
 
