@@ -159,7 +159,7 @@ def _prefill_bytes(step: Step, head_dim: int) -> int:
 
 def _hopper_bytes(head_dim: int) -> int:
     """The queries, the ring of keys and values, its barriers."""
-    return (1 + _HOPPER_SLOTS) * _HOPPER_ROWS * 2 * head_dim + 2 * _HOPPER_SLOTS * 8
+    return (1 + _HOPPER_SLOTS) * _HOPPER_ROWS * 2 * head_dim + (2 * _HOPPER_SLOTS + 1) * 8
 
 
 def choose_shares(num_rows: int, max_context: int, num_multiprocessors: int) -> int:

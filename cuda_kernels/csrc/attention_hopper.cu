@@ -16,6 +16,7 @@ constexpr int LAG = 2;                                               // slots wh
 struct Ring {
     u32 slots;
     SplitBarrier *filled, *emptied;
+    SplitBarrier* loaded;  // the queries
 
     DEVICE u32 slot(int item) const { return slots + item % SLOTS * SLOT; }
     DEVICE void wait_filled(int item) const { wait_for_phase(&filled[item % SLOTS], item / SLOTS); }
@@ -171,20 +172,13 @@ KERNEL(THREADS, 1) attention_hopper(const Words4* query, const Vector* keys, con
 
     auto token_of = [&](int row) { return smaller(place.first + row / group, num_queries - 1); };
     u32 queries = shared_address(shared);
-    for (int i = threadIdx.x; i < ROWS * VECTORS; i += THREADS) {
-        int row = i / VECTORS, chunk = i % VECTORS, token = token_of(row);
-        const Words4* from = query + (long)(start + token) * query_stride + (kv_head * group + row % group) * VECTORS;
-        copy16(queries + chunk / 8 * (ROWS * 128) + swizzled(row, chunk % 8), from + chunk);
-    }
     SplitBarrier* barriers = (SplitBarrier*)(shared + (SLOTS + 1) * SLOT);
-    Ring ring = {queries + SLOT, barriers, barriers + SLOTS};
+    Ring ring = {queries + SLOT, barriers, barriers + SLOTS, barriers + 2 * SLOTS};
     for (int i = threadIdx.x; i < SLOTS; i += THREADS) {
         init_barrier(&ring.filled[i], 128);
         init_barrier(&ring.emptied[i], 4 * GROUPS);
+        if (i == 0) init_barrier(ring.loaded, 128 * GROUPS);
     }
-    commit_copies();
-    wait_copies<0>();
-    show_shared();
     sync_block();
 
     Cache cache = {keys, values, key_scales, value_scales, tables + (long)place.sequence * table_width, block_bits,
@@ -196,6 +190,16 @@ KERNEL(THREADS, 1) attention_hopper(const Words4* query, const Vector* keys, con
         return produce(ring, cache, key_tiles, length);
     }
     take_registers<232>();
+    for (int i = threadIdx.x; i < ROWS * VECTORS; i += 128 * GROUPS) {
+        int row = i / VECTORS, chunk = i % VECTORS, token = token_of(row);
+        const Words4* from = query + (long)(start + token) * query_stride + (kv_head * group + row % group) * VECTORS;
+        copy16(queries + chunk / 8 * (ROWS * 128) + swizzled(row, chunk % 8), from + chunk);
+    }
+    commit_copies();
+    wait_copies<0>();
+    show_shared();
+    arrive_at(ring.loaded);
+    wait_for_phase(ring.loaded, 0);
 
     int first_row = threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
     Softmax softmax = {{NEVER, NEVER}, {0, 0}, {old + token_of(first_row), old + token_of(first_row + 8)}, scale};
