@@ -17,7 +17,7 @@ from wint2.demo.importance import neuron_importance
 from wint2.demo.source import DenseModel, fetch
 from wint2.progress import OnProgress
 
-RECIPE = Recipe()
+RECIPE = Recipe(wint4_end_layer=7, effort="fast")
 NUM_WINDOWS, NUM_HELD_OUT, WINDOW = 12, 2, 512
 _IMPORTANCE_WINDOWS = 4
 
