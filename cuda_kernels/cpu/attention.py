@@ -105,6 +105,25 @@ def _expand(
 
 
 @numba.njit(nogil=True, cache=True)
+def _find(
+    rows: Ints,
+    first: int,
+    count: int,
+    width: int,
+    source: int,
+    where: tuple[int, SmallInts, int],
+    form: tuple[int, int, int],
+    scales: int,
+    room: Floats,
+) -> None:
+    """Addresses of keys or values as float32; `where`: bytes of a slot, blocks, slots of a block."""
+    slot_bytes, blocks, block_size = where
+    _find_keys(rows, first, count, source, slot_bytes, blocks, block_size)
+    if form[0] != FLOAT32:
+        _expand(rows, first, count, width, blocks, block_size, form, scales, room)
+
+
+@numba.njit(nogil=True, cache=True)
 def _advance(addresses: Ints, count: int, num_bytes: int) -> None:
     for index in range(count):
         addresses[index] += num_bytes
@@ -151,20 +170,15 @@ def _attend(
         states[row, 0], states[row, 1] = -np.inf, 0.0
     for first in range(0, num_keys, _TILE_KEYS):
         count = min(_TILE_KEYS, num_keys - first)
-        _find_keys(rows[_KEYS], first, count, keys, slot_bytes, blocks, block_size)
-        if form[0] != FLOAT32:
-            _expand(rows[_KEYS], first, count, width, blocks, block_size, form, scales[0], room)
+        where = slot_bytes, blocks, block_size
+        _find(rows[_KEYS], first, count, width, keys, where, form, scales[0], room)
         _keys_to_panel(rows[_KEYS], count, head_bytes, panel.ctypes.data)
         query, scores = rows[_QUERY].ctypes.data, rows[_SCORES].ctypes.data
         multiply(kernels[0], query, scores, num_rows, panel.ctypes.data, 0, width, 0)
         for row in range(num_rows):
             seen = first_position + row // group + 1 - first
             soften_row(rows[_SCORES, row], seen, scale, states[row].ctypes.data, rows[_OUT, row], width)
-        if form[0] == FLOAT32:
-            _advance(rows[_KEYS], count, values - keys)
-        else:
-            _find_keys(rows[_KEYS], first, count, values, slot_bytes, blocks, block_size)
-            _expand(rows[_KEYS], first, count, width, blocks, block_size, form, scales[1], room)
+        _find(rows[_KEYS], first, count, width, values, where, form, scales[1], room)
         _add_values(kernels[1], rows, num_rows, head_bytes, count)
     for row in range(num_rows):
         divide_row(rows[_OUT, row], states[row].ctypes.data + 4, width)
@@ -198,10 +212,8 @@ def job(arguments: int) -> None:
         position = context_lens[sequence] - cu_seqlens[sequence + 1] + first
         for row in range((end - first) * group):
             token, at = first + row // group, (head * group + row % group) * head_bytes
-            rows[_QUERY, row], rows[_OUT, row] = (
-                query + token * query_stride + at,
-                out + token * out_stride + at,
-            )
+            rows[_QUERY, row] = query + token * query_stride + at
+            rows[_OUT, row] = out + token * out_stride + at
             rows[_SCORES, row] = scores[row].ctypes.data
         at = head * cached_bytes
         head_cache = keys + at, values + at, num_kv_heads * cached_bytes, block_size

@@ -211,13 +211,11 @@ def experts(
     levels = quantize_rows(source, x_bytes, x[1] if quantizes[0] else 0, up_gate[0])
     if quantizes[0]:
         source, x_bytes = levels.ctypes.data, levels.shape[1]
-    num_activated = routing[2]
+    num_activated, h_part = routing[2], GROUP_BYTES if quantizes[1] else PANEL_BYTES
     ids, weights = _choices(routing[0], routing[1], x[1], num_activated)
     starts, choices = _sort_rows(ids, tables[1])
     pieces = _pieces(starts)
-    h_part = GROUP_BYTES if quantizes[1] else PANEL_BYTES
-    h = np.empty((len(choices), up_gate[2] * h_part), np.uint8)
-    given = np.zeros(_NUM_GIVEN, np.int64)
+    h, given = np.empty((len(choices), up_gate[2] * h_part), np.uint8), np.zeros(_NUM_GIVEN, np.int64)
     given[1], given[2], given[3], given[4] = kernels[0], up_gate[0], up_gate[1], up_gate[2]
     given[5], given[6], given[7], given[8] = source, h.ctypes.data, tables[0], tables[1]
     given[9], given[10], given[11], given[12] = h.shape[1], num_activated, len(choices), len(pieces)
