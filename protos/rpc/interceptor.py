@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from typing import Any, TypeAlias
 
 import grpc
+from google.rpc import status_pb2
 
 from protos.rpc.errors import InternalError, ServiceError, UnavailableError
 from protos.rpc.telemetry import REQUEST_ID_KEY, bind_request_id, request_id_from
@@ -151,7 +152,7 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
             raise
         except Exception:  # noqa: BLE001 - the one catch of the services
             outcome = "INTERNAL"
-            await _abort(context, hide_failure(method, request_id))
+            await _abort(context, _hide_failure(method, request_id))
         finally:
             logger.debug("%s %s %.1f ms", method, outcome, (time.perf_counter() - started) * 1e3)
 
@@ -165,7 +166,18 @@ class ServiceInterceptor(grpc.aio.ServerInterceptor):
             yield
 
 
-def hide_failure(method: str, request_id: str) -> InternalError:
+async def outcome_of(method: str, request_id: str, call: Awaitable[None]) -> status_pb2.Status:
+    """The status that `call` ends with, for calls that travel inside another and so pass no guard."""
+    try:
+        await call
+    except ServiceError as error:
+        return error.to_status()
+    except Exception:  # noqa: BLE001 - the guard's catch
+        return _hide_failure(method, request_id).to_status()
+    return status_pb2.Status()
+
+
+def _hide_failure(method: str, request_id: str) -> InternalError:
     """Logs the exception being handled; what the caller is told of it."""
     logger.exception("%s failed", method)
     return InternalError(f"internal error; the server's log has it under request id {request_id}")

@@ -12,10 +12,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import aclosing
 from typing import cast
 
-from google.rpc import status_pb2
-
-from protos.rpc.errors import InvalidArgumentError, ServiceError
-from protos.rpc.interceptor import CallsInFlight, Context, current_calls, hide_failure
+from protos.rpc.errors import InvalidArgumentError
+from protos.rpc.interceptor import CallsInFlight, Context, current_calls, outcome_of
 from protos.rpc.telemetry import bind_request_id, request_id_from
 from protos.wint2.worker.v1.worker_pb2 import (
     GenerateCall,
@@ -117,28 +115,22 @@ class _Calls:
         self._news.set()
 
     async def _run(self, call: GenerateCall) -> None:
-        metadata = dict(call.metadata)
+        metadata: dict[str, str | bytes] = dict(call.metadata)
         request_id = request_id_from(metadata.items())
         bind_request_id(request_id)
-        status = status_pb2.Status()
-        try:
-            with self._in_flight.stay(METHOD, metadata):
-                await self._pass_on(call)
-        except ServiceError as error:
-            status = error.to_status()
-        except Exception:  # noqa: BLE001 - the interceptor's catch, for the calls that it does not see
-            status = hide_failure(METHOD, request_id).to_status()
+        status = await outcome_of(METHOD, request_id, self._pass_on(call, metadata))
         self._entry(call.call_id).end_status = status.SerializeToString()
 
-    async def _pass_on(self, call: GenerateCall) -> None:
+    async def _pass_on(self, call: GenerateCall, metadata: dict[str, str | bytes]) -> None:
         context = cast(Context, _CallContext(call))
         responses = cast("AsyncGenerator[GenerateResponse]", self._generate(call.request, context))
-        async with aclosing(responses):
-            async for response in responses:
-                entry = self._entry(call.call_id)
-                entry.responses.append(response)
-                if len(entry.responses) >= MAX_UNSENT:
-                    await self._taken.wait()
+        with self._in_flight.stay(METHOD, metadata):
+            async with aclosing(responses):
+                async for response in responses:
+                    entry = self._entry(call.call_id)
+                    entry.responses.append(response)
+                    if len(entry.responses) >= MAX_UNSENT:
+                        await self._taken.wait()
 
     def _entry(self, call_id: int) -> GenerateCallResponse:
         """The call's part of the next message."""

@@ -46,9 +46,7 @@ def quantize(
     ] = None,
     num_windows: Annotated[int, typer.Option(min=1, help="calibration windows")] = 64,
     window: Annotated[int, typer.Option(min=2, help="tokens a window")] = 512,
-    held_out_windows: Annotated[
-        int, typer.Option(min=0, help="windows kept for comparing the result with the original; 0: skip that")
-    ] = 4,
+    held_out_windows: Annotated[int, typer.Option(min=0, help="windows to compare the result on")] = 4,
     min_rows: Annotated[int, typer.Option(min=1, help="calibration tokens an expert gets at least")] = 256,
     correct: Annotated[bool, typer.Option(help="fit weights to the original's outputs first")] = True,
     tune_steps: Annotated[
@@ -60,8 +58,8 @@ def quantize(
         config = read_model_config(source)
         end_layer = first_moe_layers(config) if wint4_end_layer is None else wint4_end_layer
         recipe = Recipe(end_layer, dense, format, effort, correct, correct, tune_steps, min_rows)
-        text = _read_text(calibration_file)
-        ids_ST = calibration.windows(_token_ids(source, text), num_windows + held_out_windows, window)
+        ids = _token_ids(source, _read_text(calibration_file))
+        ids_ST = calibration.windows(ids, num_windows + held_out_windows, window)
         model = Source(config, find_device(device))
         fitted_ST, held_out_ST = _split(ids_ST, held_out_windows)
         _announce(config, recipe, fitted_ST, model)
