@@ -119,7 +119,7 @@ def test_a_model_that_knows_nothing_has_the_vocabularys_perplexity(tmp_path, tex
         (["--num-windows", "0"], "--num-windows"),
         (["--effort", "lazy"], "--effort"),
         (["--wint4-end-layer", "9"], "WINT4 up to layer 9, but the last layer is 2"),
-        (["--window", "100000"], "one window needs 100000"),
+        (["--window", "10000000"], "one window needs 10000000"),
         (["--calibration", "/nowhere.txt"], "/nowhere.txt: No such file or directory"),
     ],
 )
