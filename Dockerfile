@@ -27,6 +27,8 @@ FROM base AS worker
 # cuda13, cuda12 or cpu; CUDA itself comes with torch's wheels, the driver with the host.
 ARG ACCELERATOR=cuda13
 RUN pip install "$(echo /wheel/*.whl)[worker$(echo ,${ACCELERATOR} | sed 's/,cpu//')]"
+# Torch's threads would spin on the cores that a CPU worker's own threads compute on.
+ENV OMP_WAIT_POLICY=PASSIVE
 USER wint2
 EXPOSE 8191
 ENTRYPOINT ["python", "-m", "gpu_worker"]

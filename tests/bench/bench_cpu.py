@@ -17,6 +17,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from wint2.settings import child_environment
+
 DEMO = Path(".demo")
 SOURCE = DEMO / "cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"
 PEER_TYPES = ("Q2_K", "Q4_0")
@@ -68,7 +70,10 @@ def ours(model: Path, num_threads: int, num_tokens: int) -> dict[str, float]:
 
 
 def run(command: Sequence[str | Path]) -> dict[str, float]:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=False)
+    environment = child_environment({}) if "--ours" in command else None  # as `wint2 serve` starts a worker
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, check=False, env=environment
+    )
     if done.returncode:
         sys.exit(f"{' '.join(map(str, command))} failed:\n{done.stderr[-2000:]}")
     rates: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
