@@ -1,0 +1,133 @@
+"""Every kernel under compute-sanitizer, on small shapes: `make sanitize`.
+
+python -m tests.cuda_kernels.sanitize [--tools memcheck racecheck synccheck initcheck] [--logs FOLDER]
+
+The kernels are built first; then each tool watches one process that launches them one by one, without graphs
+and with each tensor in an allocation of its own, so that a step past its end is seen. What they compute is
+compared with the oracles as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from cuda_kernels.build import device_arch, warm_up
+from cuda_kernels.launch import cuda_device
+from tests.cuda_kernels.small_cases import Case, Watched, cases
+
+TOOLS = {
+    "memcheck": ["--padding", "256"],
+    "racecheck": [],
+    "synccheck": [],
+    "initcheck": [],
+}
+SECONDS = 240
+_SUMMARY = re.compile(r"^========= (?:ERROR|RACECHECK) SUMMARY: .*", re.MULTILINE)
+_FINDING = re.compile(
+    r"^========= ((?:Error|Warning|Invalid|Uninitialized|Barrier|Program)[^\n]*)", re.MULTILINE
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a tool said of the run, and whether the run itself was right."""
+
+    tool: str
+    seconds: float
+    return_code: int
+    output: str
+    log: str
+
+    @property
+    def is_clean(self) -> bool:
+        return self.return_code == 0 and bool(re.search(r"SUMMARY: 0 (?:errors|hazards)", self.log))
+
+    def lines(self) -> list[str]:
+        summary = _SUMMARY.findall(self.log) or ["no summary: " + (self.output or self.log)[-1500:]]
+        found = Counter(_FINDING.findall(self.log)).most_common(20)
+        last = self.output.strip().splitlines()[-1:] or ["the run printed nothing"]
+        head = f"{self.tool}: {summary[-1].removeprefix('========= ')}; {last[0]}; {self.seconds:.0f} s"
+        return [head, *(f"  {count} x {text}" for text, count in found)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
+    parser.add_argument("--logs", type=Path, help="folder for what the tools wrote")
+    parser.add_argument("--run", action="store_true", help="launch the kernels; the tools watch this")
+    parser.add_argument("--only", default="", help="cases whose name holds this")
+    args = parser.parse_args()
+    chosen = [case for case in cases() if args.only in case.name]
+    if not torch.cuda.is_available():
+        raise SystemExit("no GPU: nothing to watch")
+    if args.run:
+        run(chosen)
+        return
+    build(chosen)
+    run(chosen)
+    with tempfile.TemporaryDirectory() as folder:
+        logs = args.logs or Path(folder)
+        verdicts = [watch(tool, args.only, logs) for tool in args.tools]
+    sys.exit(0 if all(verdict.is_clean for verdict in verdicts) else 1)
+
+
+def build(chosen: list[Case]) -> None:
+    """Builds what the cases launch, in parallel, and waits for none of it under a tool."""
+    device = Watched(cuda_device(0))
+    noted = Watched(None)
+    noted.has_warpgroup_products = device.has_warpgroup_products
+    for case in chosen:
+        case.launch(noted, "cpu")
+    warm_up((variant for variant, _ in noted.launched), device_arch(torch.cuda.get_device_capability()))
+
+
+def run(chosen: list[Case]) -> None:
+    device = Watched(cuda_device(0))
+    for case in chosen:
+        out, wanted = case.launch(device, "cuda").double().cpu(), case.expected().double()
+        error = float((out - wanted).norm() / wanted.norm())
+        if not error < case.tolerance:
+            raise SystemExit(f"{case.name}: off by {error:.1e}")
+    kernels = {kernel for _, kernel in device.launched}
+    variants = {variant for variant, _ in device.launched}
+    print(f"{len(chosen)} cases right, {len(device.launched)} launches of {len(kernels)} kernels", end=" ")
+    print(f"in {len(variants)} variants", flush=True)
+
+
+def watch(tool: str, only: str, logs: Path) -> Verdict:
+    """Runs this module under the tool and prints the verdict."""
+    sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    log = logs / f"{tool}.log"
+    command = [sanitizer, "--tool", tool, *TOOLS[tool], "--error-exitcode", "9", "--print-limit", "200"]
+    command += ["--log-file", str(log), sys.executable, "-m", "tests.cuda_kernels.sanitize"]
+    command += ["--run", "--only", only]
+    start = time.perf_counter()
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=SECONDS,
+        env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+    )
+    text = log.read_text() if log.exists() else ""
+    seconds = time.perf_counter() - start
+    verdict = Verdict(tool, seconds, done.returncode, done.stdout + done.stderr, text)
+    print("\n".join(verdict.lines()), flush=True)
+    return verdict
+
+
+if __name__ == "__main__":
+    main()
