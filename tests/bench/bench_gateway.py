@@ -1,11 +1,12 @@
 """What the gateway costs: an engine that echoes ids at a steady pace, many clients, all on this machine.
 
-python -m tests.bench.bench_gateway [--streams 512] [--seconds 10] [--smg .peer/bin/smg]
+python -m tests.bench.bench_gateway [--streams 512] [--seconds 10] [--pin 0,1] [--smg .peer/bin/smg]
 
 Latency: a token's time at the client minus its time at the engine, over 64 streams at 50 tokens a second; all
 tokens of a step at once, as an engine makes them, and each stream at its own time, as many engines do.
-Throughput: requests of 32 tokens in, 64 out from closed-loop clients. Engine, clients and gateway share the
-cores, so each one's CPU time is told: what the gateway's allows on cores of its own follows from it.
+Throughput: requests of 32 tokens in, 64 out from closed-loop clients. --pin gives the gateway cores of its
+own and leaves the others to engine, tokenizer and clients. Without, all share the cores, so each one's CPU
+time is told: what the gateway's allows on cores of its own follows from it.
 With --smg the same text requests go through PyPI's smg, a gateway in Rust, and through this one.
 """
 
@@ -23,11 +24,10 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import uvloop
-
-from tests.bench.echo_engine import COMPLETION_TOKENS, MAX_STREAMS, MODEL, Clocks
+from tests.bench.echo_engine import COMPLETION_TOKENS, MAX_STREAMS, MODEL
 from tests.bench.stream_clients import PROMPT_TOKENS, Clients
 from tests.tiny import make_tiny_model
 from tokenizer_svc.tokenizer import load_tokenizer
@@ -35,6 +35,23 @@ from tokenizer_svc.tokenizer import load_tokenizer
 Command = list[str]
 PYTHON = sys.executable
 ECHO = [PYTHON, "-m", "tests.bench.echo_engine"]
+ECHO_VLLM = [PYTHON, "-m", "tests.bench.echo_vllm"]
+
+
+@dataclass(frozen=True)
+class Cores:
+    """`gateway`: the cores that are the gateway's own, as taskset lists them; none: all share all."""
+
+    gateway: str | None = None
+
+    def pin_others(self) -> None:
+        """This process, and what it starts, leave the gateway's cores alone."""
+        if self.gateway is not None:
+            taken = {int(core) for core in self.gateway.split(",")}
+            os.sched_setaffinity(0, os.sched_getaffinity(0) - taken)
+
+    def pinned(self, command: Command) -> Command:
+        return command if self.gateway is None else ["taskset", "--cpu-list", self.gateway, *command]
 
 
 @dataclass(frozen=True)
@@ -124,7 +141,7 @@ def smg_stack(smg: str, port: int, load: Load, model: Path) -> dict[str, Command
     addresses = ["--worker-urls", f"grpc://{engine}", "--host", "127.0.0.1", "--port", str(port)]
     limits = ["--max-concurrent-requests", str(MAX_STREAMS), "--prometheus-port", str(free_port())]
     return {
-        "engine": [*ECHO, "vllm", engine, str(model), str(load.step_seconds)],
+        "engine": [*ECHO_VLLM, engine, str(model), str(load.step_seconds)],
         "gateway": [smg, "launch", *addresses, *limits, "--model-path", str(model), "--log-level", "error"],
     }
 
@@ -132,42 +149,46 @@ def smg_stack(smg: str, port: int, load: Load, model: Path) -> dict[str, Command
 def measure(title: str, commands: dict[str, Command], clients: Clients, load: Load, seconds: float) -> None:
     """A warm-up, the load, and a few lines."""
     with running(commands, clients.port) as processes:
-        uvloop.run(clients.run(load.num_streams, 1.0))
-        clients.forget()
+        clients.run(load.num_streams, 1.0)
         before = {name: cpu_seconds([process]) for name, process in processes.items()}
-        started = time.process_time()
-        rate = uvloop.run(clients.run(load.num_streams, seconds))
-        own = time.process_time() - started
+        seen = clients.run(load.num_streams, seconds)
         spent = {name: cpu_seconds([process]) - before[name] for name, process in processes.items()}
     print(f"{title}: {load.num_streams} streams, a token each {load.step_seconds * 1e3:g} ms")
-    if clients.delays:
-        delays = statistics.quantiles(clients.delays, n=100)
+    if seen.delays:
+        delays = statistics.quantiles(seen.delays, n=100)
         print(f"  added to a token   p50 {delays[49] * 1e3:.2f} ms, p99 {delays[98] * 1e3:.2f} ms")
-    print(f"  first token        p50 {statistics.median(clients.first) * 1e3:.1f} ms after the request")
-    print(f"  throughput         {rate:.0f} requests/s, {rate * COMPLETION_TOKENS:.0f} tokens/s")
-    each = {name: value / clients.num_done * 1e3 for name, value in (spent | {"clients": own}).items()}
+    print(f"  first token        p50 {statistics.median(seen.first) * 1e3:.1f} ms after the request")
+    print(f"  throughput         {seen.rate:.0f} requests/s, {seen.rate * COMPLETION_TOKENS:.0f} tokens/s")
+    spent["clients"] = seen.cpu_seconds
+    each = {name: value / seen.num_done * 1e3 for name, value in spent.items()}
     print(f"  CPU a request      {', '.join(f'{name} {value:.2f} ms' for name, value in each.items())}")
     print(f"  a gateway's core   carries {1e3 / each['gateway']:.0f} requests/s", flush=True)
 
 
-def measure_ours(title: str, workers: int, load: Load, seconds: float) -> None:
+def measure_ours(title: str, workers: int, load: Load, options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        clocks, port = Clocks(Path(folder) / "clocks"), free_port()
+        clocks, port = Path(folder) / "clocks", free_port()
         commands = our_stack(Path(folder), port, workers, load, None)
-        measure(title, commands, Clients(port, clocks), load, seconds)
+        commands["gateway"] = Cores(options.pin).pinned(commands["gateway"])
+        clients = Clients(port, clocks, num_processes=options.client_processes)
+        measure(title, commands, clients, load, options.seconds)
 
 
-def measure_text(smg: str, load: Load, seconds: float) -> None:
+def measure_text(smg: str, load: Load, options: argparse.Namespace) -> None:
     """The same text requests through either gateway."""
     with tempfile.TemporaryDirectory() as folder:
         model = make_tiny_model(Path(folder) / "model", quantized=True)
         prompt = prompt_text(model)
-        port = free_port()
-        ours = our_stack(Path(folder), port, 1, load, model)
-        measure("text, this gateway", ours, Clients(port, prompt=prompt), load, seconds)
-        port = free_port()
-        theirs = smg_stack(smg, port, load, model)
-        measure("text, smg", theirs, Clients(port, prompt=prompt), load, seconds)
+        stacks = {
+            "this gateway": partial(our_stack, Path(folder), workers=1, model=model),
+            "smg": partial(smg_stack, smg, model=model),
+        }
+        for title, stack in stacks.items():
+            port = free_port()
+            commands = stack(port=port, load=load)
+            commands["gateway"] = Cores(options.pin).pinned(commands["gateway"])
+            clients = Clients(port, prompt=prompt, num_processes=options.client_processes)
+            measure(f"text, {title}", commands, clients, load, options.seconds)
 
 
 def prompt_text(model: Path) -> str:
@@ -184,14 +205,16 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=512)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--smg", help="smg's command, for scale")
+    parser.add_argument("--pin", metavar="CORES", help="cores for the gateway alone, such as 0,1")
+    parser.add_argument("--client-processes", type=int, default=1)
     options = parser.parse_args()
-    seconds = options.seconds
-    measure_ours("latency, own pace", 1, Load(64, 0.02, phases=64), seconds)
-    measure_ours("latency, in step", 1, Load(64, 0.02), seconds)
-    measure_ours("throughput, 1 process", 1, Load(options.streams, 0.01), seconds)
-    measure_ours("throughput, --workers 2", 2, Load(options.streams, 0.01), seconds)
+    Cores(options.pin).pin_others()
+    for workers in (1, 2):
+        measure_ours(f"latency, own pace, {workers} process", workers, Load(64, 0.02, phases=64), options)
+        measure_ours(f"latency, in step, {workers} process", workers, Load(64, 0.02), options)
+        measure_ours(f"throughput, {workers} process", workers, Load(options.streams, 0.01), options)
     if options.smg:
-        measure_text(options.smg, Load(64, 0.01), seconds)
+        measure_text(options.smg, Load(64, 0.01), options)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 python -m tests.bench.echo_engine engine LISTEN SCHEDULER STEP_SECONDS PHASES CLOCKS
 python -m tests.bench.echo_engine tokenizer LISTEN
-python -m tests.bench.echo_engine vllm LISTEN MODEL STEP_SECONDS    as vLLM's engine, for others' gateways
 """
 
 from __future__ import annotations
@@ -12,17 +11,17 @@ import mmap
 import struct
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import uvloop
 
-from gpu_worker.servicer import WorkerServicer
-from gpu_worker.vllm_servicer import vllm_service
 from protos.rpc.channel import open_channel
 from protos.wint2.scheduler.v1 import scheduler_pb2, scheduler_pb2_grpc
+from protos.wint2.tokenizer.v1 import tokenizer_pb2
 from protos.wint2.worker.v1 import worker_pb2
 from tests.fakes import EOS, FIRST_BYTE_ID, FakeTokenizer, FakeWorker, finish, serving, tokenizer_service
 from tests.fakes import worker_service as echo_service
@@ -71,12 +70,13 @@ class Echo:
     def is_over(self) -> bool:
         return self.num_sent == self.request.sampling_params.max_tokens
 
-    def step(self, now: float, clocks: Clocks) -> list[worker_pb2.GenerateResponse]:
+    @cached_property
+    def stream(self) -> int:
+        first, second = self.request.prompt.ids[:2]
+        return first - FIRST_BYTE_ID + 256 * (second - FIRST_BYTE_ID)
+
+    def step(self, now: float) -> list[worker_pb2.GenerateResponse]:
         """One more token; nothing to say of it before the interval that was asked for."""
-        prompt = self.request.prompt.ids
-        first, second = prompt[:2]
-        stream = first - FIRST_BYTE_ID + 256 * (second - FIRST_BYTE_ID)
-        clocks[stream, self.num_made] = now
         self.num_made += 1
         is_last = self.num_made == self.request.sampling_params.max_tokens
         if not is_last and self.num_sent and now - self.sent_at < self.request.min_delta_interval_ms / 1e3:
@@ -121,12 +121,15 @@ class EchoEngine(FakeWorker):
                 due, tick = due + self._tick_seconds, tick + 1
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
                 phase = tick % self._phases
-                told = [self._step(*one) for one in calls.items() if one[0] % self._phases == phase]
+                due_calls = [one for one in calls.items() if one[0] % self._phases == phase]
+                told = [step(call_id, call) for call_id, call in due_calls]
+                message = worker_pb2.GenerateManyResponse(calls=[call for call in told if call.responses])
+                self._stamp(call for _, call in due_calls)
                 for call in told:
                     if call.HasField("end_status"):
                         del calls[call.call_id]
-                if told := [call for call in told if call.responses]:
-                    yield worker_pb2.GenerateManyResponse(calls=told)
+                if message.calls:
+                    yield message
         finally:
             reader.cancel()
 
@@ -137,32 +140,36 @@ class EchoEngine(FakeWorker):
             for call_id in request.cancelled_call_ids:
                 calls.pop(call_id, None)
 
-    def _step(self, call_id: int, call: Echo) -> worker_pb2.GenerateCallResponse:
-        responses = call.step(time.monotonic(), self._clocks)
-        end_status = b"" if call.is_over else None
-        return worker_pb2.GenerateCallResponse(call_id=call_id, responses=responses, end_status=end_status)
+    def _stamp(self, calls: Iterable[Echo]) -> None:
+        """The step's tokens are there when its message is: what building it takes is not the gateway's."""
+        now = time.monotonic()
+        for call in calls:
+            self._clocks[call.stream, call.num_made - 1] = now
 
 
-class EchoModel(FakeWorker):
-    """The same for gateways that make a call a request, and that fetch the tokenizer from the engine."""
+def step(call_id: int, call: Echo) -> worker_pb2.GenerateCallResponse:
+    responses = call.step(time.monotonic())
+    end_status = b"" if call.is_over else None
+    return worker_pb2.GenerateCallResponse(call_id=call_id, responses=responses, end_status=end_status)
 
-    def __init__(self, model: Path, step_seconds: float) -> None:
-        super().__init__()
-        self._model = model
-        self._step_seconds = step_seconds
 
-    async def Generate(self, request: Any, context: Any) -> AsyncIterator[worker_pb2.GenerateResponse]:
-        yield prompt_info(request)
-        due = time.monotonic()
-        for _ in range(request.sampling_params.max_tokens):
-            due += self._step_seconds
-            await asyncio.sleep(max(0.0, due - time.monotonic()))
-            yield delta(request, 1)
-        yield ending(request)
+class EchoTokenizer(FakeTokenizer):
+    """A letter a token, whatever the token."""
 
-    async def GetModelInfo(self, request: Any, context: Any) -> worker_pb2.GetModelInfoResponse:
-        return worker_pb2.GetModelInfoResponse(
-            served_model_name=MODEL, model_path=str(self._model), max_model_len=4096, vocab_size=300
+    async def Detokenize(self, requests: Any, context: Any) -> AsyncIterator[Any]:
+        counts: dict[int, int] = {}
+        async for request in requests:
+            pieces = [self._letters(counts, chunk) for chunk in request.chunks]
+            yield tokenizer_pb2.DetokenizeResponse(pieces=pieces)
+
+    @staticmethod
+    def _letters(counts: dict[int, int], chunk: Any) -> tokenizer_pb2.DetokenizePiece:
+        new = len(chunk.token_ids)
+        count = counts[chunk.session_id] = counts.get(chunk.session_id, 0) + new
+        if chunk.end:
+            del counts[chunk.session_id]
+        return tokenizer_pb2.DetokenizePiece(
+            session_id=chunk.session_id, text="x" * new, num_tokens=count, finished=chunk.end
         )
 
 
@@ -186,13 +193,7 @@ async def run_engine(listen: str, scheduler: str, step_seconds: float, phases: i
 
 
 async def run_tokenizer(listen: str) -> None:
-    async with serving(tokenizer_service(FakeTokenizer()), listen=listen):
-        await asyncio.Event().wait()
-
-
-async def run_vllm(listen: str, model: Path, step_seconds: float) -> None:
-    engine = cast(WorkerServicer, EchoModel(model, step_seconds))
-    async with serving(vllm_service(engine), listen=listen):
+    async with serving(tokenizer_service(EchoTokenizer()), listen=listen):
         await asyncio.Event().wait()
 
 
@@ -202,8 +203,6 @@ def main() -> None:
             uvloop.run(run_engine(listen, scheduler, float(step), int(phases), Path(clocks)))
         case ["tokenizer", listen]:
             uvloop.run(run_tokenizer(listen))
-        case ["vllm", listen, model, step]:
-            uvloop.run(run_vllm(listen, Path(model), float(step)))
         case _:
             sys.exit(__doc__)
 

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import uvloop
 
 from tests.bench.echo_engine import COMPLETION_TOKENS, MODEL, Clocks, stream_ids
 from tests.fakes import FIRST_BYTE_ID
@@ -11,32 +17,74 @@ from tests.fakes import FIRST_BYTE_ID
 PROMPT_TOKENS = 32
 
 
+@dataclass
+class Seen:
+    """What clients saw: requests done, each token's delay and each request's first token in seconds."""
+
+    num_done: int = 0
+    delays: list[float] = field(default_factory=list)
+    first: list[float] = field(default_factory=list)
+    wall_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Requests per second."""
+        return self.num_done / self.wall_seconds
+
+
+@dataclass(frozen=True)
 class Clients:
     """`clocks`: prompts are ids that tell the engine whose they are, and every token's way is timed.
     Without, `prompt` is text, and only whole answers are counted.
     """
 
-    def __init__(self, port: int, clocks: Clocks | None = None, prompt: str = "") -> None:
-        self.port = port
-        self._clocks = clocks
-        self._prompt = prompt
-        self.num_done = 0
-        self.delays: list[float] = []
-        self.first: list[float] = []
+    port: int
+    clocks: Path | None = None
+    prompt: str = ""
+    num_processes: int = 1
 
-    def forget(self) -> None:
-        """What was counted so far."""
-        self.num_done, self.delays, self.first = 0, [], []
+    def run(self, num_streams: int, seconds: float) -> Seen:
+        """So many streams for so long, dealt out to the processes."""
+        shares = [range(start, num_streams, self.num_processes) for start in range(self.num_processes)]
+        with ProcessPoolExecutor(self.num_processes) as pool:
+            return together(pool.map(self._run_share, shares, [seconds] * self.num_processes))
 
-    async def run(self, num_streams: int, seconds: float) -> float:
-        """Requests per second."""
+    def _run_share(self, streams: range, seconds: float) -> Seen:
+        share = _Share(self)
+        started = time.process_time()
+        uvloop.run(share.run(streams, seconds))
+        share.seen.cpu_seconds = time.process_time() - started
+        return share.seen
+
+
+def together(shares: Iterable[Seen]) -> Seen:
+    """What several processes saw at the same time."""
+    whole = Seen()
+    for seen in shares:
+        whole.num_done += seen.num_done
+        whole.delays += seen.delays
+        whole.first += seen.first
+        whole.cpu_seconds += seen.cpu_seconds
+        whole.wall_seconds = max(whole.wall_seconds, seen.wall_seconds)
+    return whole
+
+
+class _Share:
+    """The streams of one process."""
+
+    def __init__(self, clients: Clients) -> None:
+        self._clients = clients
+        self._clocks = None if clients.clocks is None else Clocks(clients.clocks)
+        self.seen = Seen()
+
+    async def run(self, streams: range, seconds: float) -> None:
         started = time.monotonic()
-        end = started + seconds
-        await asyncio.gather(*(self._client(stream, end) for stream in range(num_streams)))
-        return self.num_done / (time.monotonic() - started)
+        await asyncio.gather(*(self._client(stream, started + seconds) for stream in streams))
+        self.seen.wall_seconds = time.monotonic() - started
 
     async def _client(self, stream: int, end: float) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", self._clients.port)
         body = self._body(stream)
         head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         request = f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
@@ -48,7 +96,7 @@ class Clients:
     def _body(self, stream: int) -> str:
         fields = f'"model":"{MODEL}","max_tokens":{COMPLETION_TOKENS},"stream":true,"ignore_eos":true'
         if self._clocks is None:
-            return f'{{{fields},"prompt":"{self._prompt}","stream_options":{{"include_usage":true}}}}'
+            return f'{{{fields},"prompt":"{self._clients.prompt}","stream_options":{{"include_usage":true}}}}'
         ids = stream_ids(stream) + [ord("x") + FIRST_BYTE_ID] * (PROMPT_TOKENS - 2)
         return f'{{{fields},"prompt":{ids},"return_token_ids":true}}'
 
@@ -60,11 +108,11 @@ class Clients:
             now = time.monotonic()
             assert tail or data.startswith(b"HTTP/1.1 200"), data
             if b"data: {" in data and not num_tokens:
-                self.first.append(now - asked)
+                self.seen.first.append(now - asked)
             num_tokens += self._count(data, stream, num_tokens, now)
             tail = (tail + data)[-8:]
         assert num_tokens == COMPLETION_TOKENS, f"{num_tokens} tokens came, last {data[-300:]!r}"
-        self.num_done += 1
+        self.seen.num_done += 1
 
     def _count(self, data: bytes, stream: int, num_before: int, now: float) -> int:
         """The tokens in what arrived; by their ids, or by the usage at the end."""
@@ -73,5 +121,5 @@ class Clients:
         count = 0
         for part in data.split(b'"token_ids":[')[1:]:
             count += part[: part.index(b"]")].count(b",") + 1 if part[:1] != b"]" else 0
-        self.delays += [now - self._clocks[stream, num_before + at] for at in range(count)]
+        self.seen.delays += [now - self._clocks[stream, num_before + at] for at in range(count)]
         return count
