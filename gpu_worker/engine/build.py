@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +34,7 @@ from gpu_worker.engine.memory import (
     plan_cache,
 )
 from gpu_worker.engine.phases import Phases
-from gpu_worker.engine.preflight import check_weights_fit
+from gpu_worker.engine.preflight import check_fits
 from gpu_worker.engine.profiling import measure_activation_bytes
 from gpu_worker.engine.prompt_graphs import PromptGraphs, is_launch_bound
 from gpu_worker.engine.runner import Model
@@ -48,6 +49,8 @@ from gpu_worker.model.loader import LoadFormat, load_model
 from gpu_worker.model.sharding import degree_problem
 
 Progress = Callable[[int, int], None]
+
+logger = logging.getLogger(__name__)
 
 # Of the fields that take one of a few words.
 CHOICES = {"load_format": LoadFormat, "k_order": KOrderChoice, "cpu_activations": ActivationsChoice}
@@ -146,7 +149,8 @@ def build_engine(
     model_config = read_model_config(args.model)
     if problem := degree_problem(model_config, size):
         raise EngineArgsError("tensor_parallel_size", problem)
-    check_weights_fit(model_config, choice, args.gpu_memory_utilization, size)
+    for line in _preflight(args, model_config, choice):
+        logger.info("%s", line)
     phases.end("preflight")
     if size == 1:
         return _build(args, model_config, choice, None, phases, progress, make_grammars)
@@ -158,6 +162,25 @@ def build_engine(
     except BaseException:
         followers.close()
         raise
+
+
+def _preflight(args: EngineArgs, model_config: ModelConfig, choice: DeviceChoice) -> Iterator[str]:
+    dtype = choose_dtype(args.dtype, choice.device)
+    cache_dtype = choose_cache_dtype(args.kv_cache_dtype, dtype, choice.device)
+    cache_bytes = None if args.kv_cache_memory_gib is None else int(args.kv_cache_memory_gib * GIB)
+    if args.num_kv_blocks is not None:
+        cache_bytes = args.num_kv_blocks * kv_block_bytes(model_config, args.block_size, cache_dtype)
+        cache_bytes //= args.tensor_parallel_size
+    return check_fits(
+        model_config,
+        choice,
+        args.gpu_memory_utilization,
+        args.tensor_parallel_size,
+        cache_dtype=cache_dtype,
+        limits=SchedulerConfig(args.max_num_seqs, args.max_num_batched_tokens),
+        wanted_len=args.max_model_len,
+        cache_bytes=cache_bytes,
+    )
 
 
 def _build(

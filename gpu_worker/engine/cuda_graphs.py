@@ -65,7 +65,7 @@ class DecodeGraphs:
         self._kv_cache = kv_cache
         self._sizes = graph_sizes(max_num_seqs)
         self._replays: dict[int, Callable[[], None]] = {}
-        self._logits: dict[int, torch.Tensor] = {}
+        self._logits_SV: torch.Tensor | None = None  # of all sizes: only one of them runs at a time
         ids = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
         every = torch.arange(max_num_seqs + 1, dtype=torch.int64, device=device)
         self._buffers = Batch(
@@ -96,7 +96,8 @@ class DecodeGraphs:
         size = self._sizes[bisect_left(self._sizes, batch.num_sequences)]
         self._fill(batch, size)
         self._replays[size]()
-        return self._logits[size][: batch.num_sequences]
+        assert self._logits_SV is not None
+        return self._logits_SV[: batch.num_sequences]
 
     def _fill(self, batch: Batch, size: int) -> None:
         num, buffers = batch.num_sequences, self._buffers
@@ -113,8 +114,9 @@ class DecodeGraphs:
         batch = self._slice(size)
         hidden_SD = self._model.forward(batch, self._kv_cache)
         logits_SV = self._model.logits(hidden_SD)
-        # One tensor for each size: what the first run made is where the recorded one writes.
-        self._logits.setdefault(size, torch.empty_like(logits_SV)).copy_(logits_SV)
+        if self._logits_SV is None:  # the first run, of the largest size, makes what all recorded ones write
+            self._logits_SV = torch.empty_like(logits_SV)
+        self._logits_SV[:size].copy_(logits_SV)
 
     def _slice(self, size: int) -> Batch:
         buffers = self._buffers

@@ -91,8 +91,6 @@ def plan_cache(
 ) -> CachePlan:
     """Fits the context to the cache; raises EngineArgsError, with numbers, if the asked one does not fit."""
     capacity = num_blocks * block_size
-    if asked_len is not None and asked_len > config_len:
-        raise EngineArgsError("max_model_len", f"is {asked_len}; the model was made for at most {config_len}")
     if num_blocks < 1 or (asked_len is not None and asked_len > capacity):
         wanted = asked_len or block_size
         raise EngineArgsError(

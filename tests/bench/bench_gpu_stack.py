@@ -23,7 +23,7 @@ from pathlib import Path
 from threading import Event, Thread
 
 from gpu_worker.engine.memory import GIB
-from gpu_worker.engine.preflight import RESERVED_BYTES, footprint
+from gpu_worker.engine.preflight import footprint
 from gpu_worker.model.config_reader import read_model_config
 from tests.bench.gpu_shapes import SHAPES, write_model_folder
 from tests.bench.http_load import ask, ask_together, text_of
@@ -102,7 +102,7 @@ def print_memory(folder: Path) -> None:
     """What the preflight says that the weights take, and what the GPU says is in use."""
     found = footprint(read_model_config(folder))
     used, total = (int(field) / 1024 for field in _nvidia_smi("memory.used,memory.total").split(","))
-    weights, reserve = found.weight_bytes / GIB, RESERVED_BYTES / GIB
+    weights, reserve = found.weight_bytes / GIB, found.reserve.total_bytes / GIB
     print(f"memory: preflight {weights:.1f} GiB of weights and {reserve:.1f} of reserve,", end=" ")
     print(f"{found.token_bytes / 1024:.0f} KiB a token; in use {used:.1f} of {total:.1f} GiB")
 

@@ -32,6 +32,8 @@ ConfigOption = Annotated[
 CacheDtypeOption = Annotated[
     Literal["float32", "bfloat16", "int8", "fp8"], typer.Option(help="numbers of --config's KV cache")
 ]
+SeqsOption = Annotated[int, typer.Option(min=1, help="most sequences in a step of --config's model")]
+TokensOption = Annotated[int, typer.Option(min=1, help="most tokens in a step of --config's model")]
 ModelOption = Annotated[Path | None, typer.Option(help="checkpoint to look at as well")]
 
 
@@ -45,12 +47,17 @@ class Finding:
 
 
 def doctor(
-    model: ModelOption = None, config: ConfigOption = None, kv_cache_dtype: CacheDtypeOption = "bfloat16"
+    model: ModelOption = None,
+    config: ConfigOption = None,
+    kv_cache_dtype: CacheDtypeOption = "bfloat16",
+    max_num_seqs: SeqsOption = 256,
+    max_num_batched_tokens: TokensOption = 8192,
 ) -> None:
     """Look at this machine, and at a checkpoint, and say what would go wrong (exit code 1)."""
     if config is not None:
         # Imported when asked for: it needs torch, of which doctor may have to say that it is missing.
-        importlib.import_module("wint2.cli.sizes").show(config, kv_cache_dtype)
+        show = importlib.import_module("wint2.cli.sizes").show
+        show(config, kv_cache_dtype, max_num_seqs, max_num_batched_tokens)
         return
     findings = [*_machine(), *_packages(), *_gpu(), *(_model(model) if model is not None else ())]
     for finding in findings:
