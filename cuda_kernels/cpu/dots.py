@@ -6,8 +6,9 @@ with four weights of each of 16 columns:
     sum[row, column]  = Σ x[row, k] · (u[k, column] - zero)            exact, in int32; u is unsigned
     y[row, column]   += sum · (x's scale[row, group] · weight scale[group, column])        for group 0, 1, …
 
-A group's weights are decoded once, to 4 KiB, for all rows. Sums are exact and a row's groups are added in
-order: a row has the same bits in every batch. `panels.py` draws the formats.
+Many rows share what a group's weights decode to, 4 KiB; one row is multiplied with them as they are decoded.
+Sums are exact and a row's groups are added in order: a row has the same bits in every batch. `panels.py`
+draws the formats.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from cuda_kernels.formats.layout import GROUP_SIZE
 
 _VECTORS = PANEL // LANES
 _ROW_BYTES = 4 * PANEL  # of four values of k
+_STEPS = GROUP_SIZE // 4
 _TILE_ROWS = (4, 1)
 _LINE = 64
 # A CPU's own prefetching ends with each page, so the next page is asked for here.
@@ -35,20 +37,25 @@ _AHEAD = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
-    """A group of a panel: where its bytes [16, 64 columns, 4 of k] are, and the columns' float32 scales."""
+class Group:
+    """64 values of k of a panel: float32 scales of its columns, and their weights, four of k at a time.
 
-    address: Value
+    `four(step)` emits the code for k = 4 · step and the next three: a vector for each 16 columns.
+    """
+
     scales: list[Value]
-    is_panel: bool = False  # read where it is stored, and the next group after it
+    four: Callable[[int], list[Value]]
 
 
-# Finds or decodes group `group` of the panel, given the addresses of panel, column scales and 4 KiB of room.
-Decode = Callable[[Builder, Value, Value, Value, Value], Weights]
+# Finds a group of the panel, given the addresses of panel and column scales and the group's number.
+Find = Callable[[Builder, Value, Value, Value], Group]
 
 
-def panel_dot(decode: Decode, zero: int) -> Any:
-    """The kernel of a format, as `tiles.panel_product`, but x_rows point to quantized rows."""
+def panel_dot(find: Find, zero: int, is_decoded: bool = True) -> Any:
+    """The kernel of a format, as `tiles.panel_product`, but x_rows point to quantized rows.
+
+    `is_decoded`: whether it is more work to find weights than to load them.
+    """
 
     def emit(
         builder: Builder,
@@ -64,10 +71,17 @@ def panel_dot(decode: Decode, zero: int) -> Any:
         room = builder.ptrtoint(room, I64)
         with builder.if_then(builder.icmp_signed("==", adds, ir.Constant(I64, 0))):
             _clear(builder, y_rows, num_rows)
-        with cgutils.for_range(builder, builder.udiv(num_k, ir.Constant(I64, GROUP_SIZE))) as groups:
-            weights = decode(builder, panel, scale, groups.index, room)
-            x_at = v.scaled(builder, groups.index, GROUP_BYTES)
-            _all_rows(builder, weights, zero, x_rows, y_rows, num_rows, x_at)
+        num_groups = builder.udiv(num_k, ir.Constant(I64, GROUP_SIZE))
+        with builder.if_else(builder.icmp_signed("==", num_rows, ir.Constant(I64, 1))) as (one, many):
+            with one, cgutils.for_range(builder, num_groups) as groups:
+                x_at = v.scaled(builder, groups.index, GROUP_BYTES)
+                group = find(builder, panel, scale, groups.index)
+                _all_rows(builder, group, zero, x_rows, y_rows, num_rows, x_at, (1,))
+            with many, cgutils.for_range(builder, num_groups) as groups:
+                x_at = v.scaled(builder, groups.index, GROUP_BYTES)
+                group = find(builder, panel, scale, groups.index)
+                group = _decoded(builder, group, room) if is_decoded else group
+                _all_rows(builder, group, zero, x_rows, y_rows, num_rows, x_at, _TILE_ROWS)
 
     return v.kernel(emit, 7)
 
@@ -79,11 +93,33 @@ def _clear(builder: Builder, y_rows: Value, num_rows: Value) -> None:
             v.store(builder, v.constant(0.0), v.offset(builder, y, at))
 
 
+def _decoded(builder: Builder, group: Group, room: Value) -> Group:
+    """The same with its weights in `room`."""
+    for step in range(_STEPS):
+        target = v.offset(builder, room, step * _ROW_BYTES)
+        for index, columns in enumerate(group.four(step)):
+            v.store(builder, columns, v.offset(builder, target, 4 * LANES * index))
+    return Group(group.scales, lambda step: _row(builder, v.offset(builder, room, step * _ROW_BYTES)))
+
+
+def _row(builder: Builder, at: Value) -> list[Value]:
+    """Weights as the dot takes them."""
+    return [v.load(builder, v.offset(builder, at, 4 * LANES * index), VI32) for index in range(_VECTORS)]
+
+
 def _all_rows(
-    builder: Builder, weights: Weights, zero: int, x_rows: Value, y_rows: Value, num_rows: Value, x_at: Value
+    builder: Builder,
+    group: Group,
+    zero: int,
+    x_rows: Value,
+    y_rows: Value,
+    num_rows: Value,
+    x_at: Value,
+    sizes: tuple[int, ...],
 ) -> None:
+    """All rows, so many at a time."""
     done = ir.Constant(I64, 0)
-    for size in _TILE_ROWS:
+    for size in sizes:
         count = builder.udiv(builder.sub(num_rows, done), ir.Constant(I64, size))
         with cgutils.for_range(builder, count) as loop:
             first = v.scaled(builder, builder.add(done, v.scaled(builder, loop.index, size)), 8)
@@ -94,17 +130,14 @@ def _all_rows(
                 ]
                 for rows in (x_rows, y_rows)
             ]
-            _tile(builder, weights, zero, [builder.add(x, x_at) for x in pointers[0]], pointers[1])
+            _tile(builder, group, zero, [builder.add(x, x_at) for x in pointers[0]], pointers[1])
         done = builder.add(done, v.scaled(builder, count, size))
 
 
-def _tile(builder: Builder, weights: Weights, zero: int, x_rows: list[Value], y_rows: list[Value]) -> None:
+def _tile(builder: Builder, group: Group, zero: int, x_rows: list[Value], y_rows: list[Value]) -> None:
     sums = [[_first_sum(builder, x, zero)] * _VECTORS for x in x_rows]
-    for step in range(GROUP_SIZE // 4):
-        row = v.offset(builder, weights.address, step * _ROW_BYTES)
-        columns = [v.load(builder, v.offset(builder, row, 4 * LANES * i), VI32) for i in range(_VECTORS)]
-        if weights.is_panel and len(x_rows) == 1:
-            _prefetch(builder, v.offset(builder, row, _AHEAD), _ROW_BYTES)
+    for step in range(_STEPS):
+        columns = group.four(step)
         for x, accumulators in zip(x_rows, sums, strict=True):
             four = v.splat(builder, v.load(builder, v.offset(builder, x, 4 * step), I32))
             accumulators[:] = [
@@ -112,7 +145,7 @@ def _tile(builder: Builder, weights: Weights, zero: int, x_rows: list[Value], y_
                 for total, column in zip(accumulators, columns, strict=True)
             ]
     for x, y, accumulators in zip(x_rows, y_rows, sums, strict=True):
-        _add(builder, weights.scales, x, y, accumulators)
+        _add(builder, group.scales, x, y, accumulators)
 
 
 def _prefetch(builder: Builder, address: Value, num_bytes: int) -> None:
@@ -138,43 +171,56 @@ def _column_scales(builder: Builder, scale: Value) -> list[Value]:
     return [v.load(builder, v.offset(builder, scale, 4 * LANES * index)) for index in range(_VECTORS)]
 
 
-def decode_wint8(builder: Builder, panel: Value, scale: Value, group: Value, _: Value) -> Weights:
+def find_wint8(builder: Builder, panel: Value, scale: Value, group: Value) -> Group:
     """They are as the dot takes them."""
-    address = builder.add(panel, v.scaled(builder, group, GROUP_SIZE * PANEL))
-    return Weights(address, _column_scales(builder, scale), is_panel=True)
+    source = builder.add(panel, v.scaled(builder, group, GROUP_SIZE * PANEL))
 
-
-def decode_wint4(builder: Builder, panel: Value, scale: Value, group: Value, room: Value) -> Weights:
-    """Four low nibbles are four of k, the high ones the next four."""
-    source = builder.add(panel, v.scaled(builder, group, GROUP_SIZE * PANEL // 2))
-    mask = v.integer(0x0F0F0F0F)
-    with cgutils.for_range(builder, ir.Constant(I64, GROUP_SIZE // 8)) as rows:
-        row = builder.add(source, v.scaled(builder, rows.index, _ROW_BYTES))
-        target = builder.add(room, v.scaled(builder, rows.index, 2 * _ROW_BYTES))
+    def four(step: int) -> list[Value]:
+        row = v.offset(builder, source, step * _ROW_BYTES)
         _prefetch(builder, v.offset(builder, row, _AHEAD), _ROW_BYTES)
-        for at in range(0, _ROW_BYTES, 4 * LANES):
-            both = v.load(builder, v.offset(builder, row, at), VI32)
-            v.store(builder, builder.and_(both, mask), v.offset(builder, target, at))
-            high = builder.and_(builder.lshr(both, v.integer(4)), mask)
-            v.store(builder, high, v.offset(builder, target, _ROW_BYTES + at))
-    return Weights(room, _column_scales(builder, scale))
+        return _row(builder, row)
+
+    return Group(_column_scales(builder, scale), four)
 
 
-def decode_wint2(builder: Builder, panel: Value, scale: Value, group: Value, room: Value) -> Weights:
+def find_wint4(builder: Builder, panel: Value, scale: Value, group: Value) -> Group:
+    """Four low nibbles are four of k, the high ones the next four."""
+    source, mask = (
+        builder.add(panel, v.scaled(builder, group, GROUP_SIZE * PANEL // 2)),
+        v.integer(0x0F0F0F0F),
+    )
+
+    def four(step: int) -> list[Value]:
+        row = v.offset(builder, source, step // 2 * _ROW_BYTES)
+        both = _row(builder, row)
+        if step % 2:
+            return [builder.and_(builder.lshr(pair, v.integer(4)), mask) for pair in both]
+        _prefetch(builder, v.offset(builder, row, _AHEAD), _ROW_BYTES)
+        return [builder.and_(pair, mask) for pair in both]
+
+    return Group(_column_scales(builder, scale), four)
+
+
+def find_wint2(builder: Builder, panel: Value, scale: Value, group: Value) -> Group:
     """A code's four fields to the bytes of a lane."""
     local, codes = find_group(builder, panel, group)
     parameters = code_parameters(builder, panel)
-    with cgutils.for_range(builder, ir.Constant(I64, GROUP_SIZE // 4)) as rows:
-        row = builder.add(codes, v.scaled(builder, rows.index, PANEL))
-        target = builder.add(room, v.scaled(builder, rows.index, _ROW_BYTES))
+
+    def four(step: int) -> list[Value]:
+        row = v.offset(builder, codes, step * PANEL)
         v.prefetch(builder, v.offset(builder, row, _AHEAD))
-        for index in range(_VECTORS):
-            at = v.offset(builder, row, LANES * index)
-            code = v.floor(builder, point_of(builder, at, parameters[index]))
-            fields = builder.and_(_spread(builder, code), v.integer(0x3F3F3F3F))
-            v.store(builder, fields, v.offset(builder, target, 4 * LANES * index))
+        points = [
+            point_of(builder, v.offset(builder, row, LANES * index), pair)
+            for index, pair in enumerate(parameters)
+        ]
+        return [_fields(builder, v.floor(builder, point)) for point in points]
+
     columns = _column_scales(builder, scale)
-    return Weights(room, [builder.fmul(a, b) for a, b in zip(local, columns, strict=True)])
+    return Group([builder.fmul(a, b) for a, b in zip(local, columns, strict=True)], four)
+
+
+def _fields(builder: Builder, code: Value) -> Value:
+    return builder.and_(_spread(builder, code), v.integer(0x3F3F3F3F))
 
 
 def _spread(builder: Builder, code: Value) -> Value:

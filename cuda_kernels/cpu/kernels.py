@@ -27,9 +27,9 @@ _wint8 = tiles.panel_product(tiles.decode_wint8)
 _wint4 = tiles.panel_product(tiles.decode_wint4)
 _wint2 = tiles.panel_product(tiles.decode_wint2)
 _scattered = tiles.panel_product(tiles.decode_scattered)
-_wint8_dot = dots.panel_dot(dots.decode_wint8, zero=128)
-_wint4_dot = dots.panel_dot(dots.decode_wint4, zero=8)
-_wint2_dot = dots.panel_dot(dots.decode_wint2, zero=32)
+_wint8_dot = dots.panel_dot(dots.find_wint8, zero=128, is_decoded=False)
+_wint4_dot = dots.panel_dot(dots.find_wint4, zero=8)
+_wint2_dot = dots.panel_dot(dots.find_wint2, zero=32)
 
 
 # Plain functions, one a kernel: Numba finds compiled code again by a function's module, name and line.

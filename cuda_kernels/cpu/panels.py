@@ -26,6 +26,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
+from cuda_kernels.cpu.arena import weight_arena
 from cuda_kernels.formats.layout import GROUP_SIZE, KOrder, slot_rows
 from cuda_kernels.formats.wint2 import Wint2Weight
 from cuda_kernels.formats.wint4 import Wint4Weight
@@ -176,14 +177,19 @@ def pack_wint2(weight: Wint2Weight, num_inputs: int) -> PanelWeight:
     if num_groups % 2:
         pairs = pairs[:, : -CODE_ROWS * PANEL]
     data = torch.cat((parameters.view(torch.uint8).flatten(1), pairs), dim=1)
-    scale = _column_scale(weight.super_scales)
-    return PanelWeight("wint2", data, scale, num_inputs, num_columns, num_groups * GROUP_SIZE)
+    return _settle("wint2", data, weight.super_scales, num_inputs, num_columns, num_groups * GROUP_SIZE)
 
 
 def _pack(name: Format, rows_KN: torch.Tensor, scale_N: torch.Tensor | None, num_inputs: int) -> PanelWeight:
-    scale = None if scale_N is None else _column_scale(scale_N)
     data = _panels(rows_KN).view(torch.uint8).flatten(1)
-    return PanelWeight(name, data, scale, num_inputs, rows_KN.shape[1], num_inputs)
+    return _settle(name, data, scale_N, num_inputs, rows_KN.shape[1], num_inputs)
+
+
+def _settle(name: Format, data_JB: torch.Tensor, scale_N: torch.Tensor | None, *sizes: int) -> PanelWeight:
+    """The weight in the memory where it stays."""
+    arena = weight_arena()
+    scale = None if scale_N is None else arena.copy(F.pad(scale_N.float(), (0, -len(scale_N) % PANEL)))
+    return PanelWeight(name, arena.copy(data_JB), scale, *sizes)
 
 
 def _to_groups(levels_KN: torch.Tensor) -> torch.Tensor:
@@ -208,7 +214,3 @@ def _panels(rows_KN: torch.Tensor) -> torch.Tensor:
     missing = -rows_KN.shape[1] % PANEL
     panels: torch.Tensor = F.pad(rows_KN, (0, missing)).unflatten(1, (-1, PANEL))
     return panels.transpose(0, 1).contiguous()
-
-
-def _column_scale(scale_N: torch.Tensor) -> torch.Tensor:
-    return F.pad(scale_N.float(), (0, -len(scale_N) % PANEL))
