@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install test acceptance acceptance-here acceptance-apart lint format protos demo stop gpu bench bench-cpu bench-gpu-stack size clean
+.PHONY: help install test acceptance acceptance-here acceptance-apart lint format protos demo stop gpu sanitize bench bench-cpu bench-gpu bench-gpu-stack bench-gateway size clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -59,6 +59,9 @@ stop: ## end the stack that `make demo` left running
 gpu: $(INSTALLED) ## the tests that need an NVIDIA GPU and CuPy
 	$(BIN)/python -m pytest -m gpu
 
+sanitize: $(INSTALLED) ## every kernel under compute-sanitizer's four tools; needs a GPU and the CUDA toolkit
+	$(BIN)/python -m tests.cuda_kernels.sanitize $(ARGS)
+
 bench: $(INSTALLED) ## every tests/bench/bench_*.py, one after another
 	@for file in tests/bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
 
@@ -72,6 +75,12 @@ bench-cpu: $(INSTALLED) ## tokens/s on this CPU beside llama.cpp's, the demo mod
 
 bench-gpu-stack: $(INSTALLED) ## tokens/s and time to the first token through gateway, tokenizer and GPU worker; ARGS="--shape 300b"
 	$(BIN)/python -m tests.bench.bench_gpu_stack $(ARGS)
+
+# What docs/performance.md and docs/kernels.md cite; `python -m tests.bench.plots` draws docs/img from it.
+RESULTS := docs/results
+bench-gpu: $(INSTALLED) ## every op on this GPU at the shapes of ERNIE-4.5 300B and 21B; RESULTS= the folder of JSON files
+	@for name in decode_variants moe_wint2 tiled_linear attention small_ops; do \
+	  $(BIN)/python -m tests.bench.bench_$$name --output $(RESULTS)/$$name.json || exit 1; done
 
 bench-gateway: $(INSTALLED) ## requests/s, CPU a request and added latency of the gateway beside smg, over an engine that echoes; PEER= leaves smg out
 	@test -z "$(PEER)" || test -x $(PEER)/bin/python || $(PYTHON) -m venv $(PEER)

@@ -1,12 +1,12 @@
 """The WINT2 expert op against its own limits, torch's bfloat and torch's int4, in one run.
 
-python -m tests.bench.bench_moe_wint2 [--model 300b|21b] [--tokens 1,8,64,4096] [--repeats 9]
+python -m tests.bench.bench_moe_wint2 [--model 300b,21b] [--tokens 1,8,64,4096] [--repeats 9] [--output FILE]
 
 Each time is the median over replays of a CUDA graph that holds the op alone, after all of L2 was
 overwritten, and over three routings. GB/s counts the bytes of the experts that were used, in the op's own
 format; "copy" is the rate of a large device-to-device copy in the same run, read and written bytes counted.
-The rows for int4 and bfloat come sorted for nothing; int4 is torch.ops.aten._weight_int4pack_mm, expert by
-expert, in groups of 128; bfloat is torch._grouped_mm.
+The rows for torch's come sorted for nothing: int4 is torch.ops.aten._weight_int4pack_mm, expert by expert, in
+groups of 128; bfloat is torch._grouped_mm. "wint4" is this project's own op for WINT4 experts.
 
 Without a GPU the op runs in the host emulator on a small shape, to show that the script and the kernels work.
 """
@@ -17,8 +17,9 @@ import argparse
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ from cuda_kernels.build import Variant
 from cuda_kernels.launch import Argument, Device, Grid, cuda_device
 from cuda_kernels.moe_wint2 import launch_moe_wint2, moe_wint2
 from cuda_kernels.packing import PackedWint2, pack_wint2
+from cuda_kernels.tiled import TiledWeight
+from cuda_kernels.tiled_linear import moe_tiled
+from tests.bench.results import save
 from tests.cuda_kernels.emulator.emulator import Emulator
 from tests.cuda_kernels.generators import code_parameters, layer
 
@@ -119,8 +123,11 @@ def main() -> None:
     print(
         f"copy {machine.copy_bytes / 1e12:.2f} TB/s, bfloat product {machine.bfloat_flops / 1e12:.0f} TFLOP/s"
     )
-    for name in arguments.model:
-        compare(SHAPES[name], name, arguments.tokens, arguments.repeats, machine)
+    layers = {
+        name: compare(SHAPES[name], name, arguments.tokens, arguments.repeats, machine)
+        for name in arguments.model
+    }
+    save(arguments.output, asdict(machine) | {"layers": layers})
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -130,6 +137,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=lambda text: text.split(","), default=list(SHAPES))
     parser.add_argument("--tokens", type=lambda text: [int(n) for n in text.split(",")], default=list(TOKENS))
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
     return parser.parse_args()
 
 
@@ -151,40 +159,47 @@ def measure_machine() -> Machine:
     return Machine(2 * block.numel() / copy, 2 * 8192**3 / product)
 
 
-def compare(shape: Shape, name: str, tokens: Sequence[int], repeats: int, machine: Machine) -> None:
-    contenders = [*wint2_contenders(shape), int4_contender(shape), bfloat_contender(shape)]
+def compare(
+    shape: Shape, name: str, tokens: Sequence[int], repeats: int, machine: Machine
+) -> list[dict[str, Any]]:
+    contenders = [*wint2_contenders(shape), wint4_contender(shape), int4_contender(shape)]
+    contenders.append(bfloat_contender(shape))
     print(f"\nERNIE-4.5-{name.upper()}: {shape}")
     print(f"{'tokens':>6}  {'op':16}{'us':>9}{'GB/s':>7}{'% copy':>8}{'TFLOP/s':>9}{'% bf16':>8}", end="")
-    print("   times as fast as int4, bfloat")
+    print("   times as fast as torch's int4, torch's bfloat")
+    found = []
     for num_tokens in tokens:
         hidden = torch.randn(num_tokens, shape.hidden, device="cuda").bfloat16()
         routings = [make_routing(num_tokens, shape) for _ in range(3)]
         allowed = [contender for contender in contenders if num_tokens <= contender.max_tokens]
         medians = [median_of(contender, hidden, routings, repeats) for contender in allowed]
+        rivals = {c.name: seconds for c, seconds in zip(allowed, medians, strict=True) if "torch" in c.name}
         for contender, seconds in zip(allowed, medians, strict=True):
-            others = [
-                other / seconds
-                for rival, other in zip(allowed, medians, strict=True)
-                if "torch" in rival.name
-            ]
-            ratios = "".join(f"{ratio:9.2f}" for ratio in others)
-            print(row(contender, seconds, num_tokens, routings, shape, machine) + ratios, flush=True)
+            figures = row(contender, seconds, num_tokens, routings, shape)
+            print(line(figures, machine, rivals), flush=True)
+            found.append(figures)
+    return found
 
 
 def row(
-    contender: Contender,
-    seconds: float,
-    num_tokens: int,
-    routings: list[Routing],
-    shape: Shape,
-    machine: Machine,
-) -> str:
+    contender: Contender, seconds: float, num_tokens: int, routings: list[Routing], shape: Shape
+) -> dict[str, Any]:
     used = statistics.mean(len(routing.used) for routing in routings)
-    rate = used * contender.bytes_per_expert / seconds
-    flops = 2 * num_tokens * shape.experts_per_token * shape.expert_weights / seconds
-    text = f"{num_tokens:6}  {contender.name:16}{seconds * 1e6:9.1f}{rate / 1e9:7.0f}"
+    return {
+        "tokens": num_tokens,
+        "op": contender.name,
+        "seconds": seconds,
+        "bytes_per_second": used * contender.bytes_per_expert / seconds,
+        "flops": 2 * num_tokens * shape.experts_per_token * shape.expert_weights / seconds,
+    }
+
+
+def line(figures: dict[str, Any], machine: Machine, rivals: dict[str, float]) -> str:
+    seconds, rate, flops = (figures[name] for name in ("seconds", "bytes_per_second", "flops"))
+    text = f"{figures['tokens']:6}  {figures['op']:16}{seconds * 1e6:9.1f}{rate / 1e9:7.0f}"
     text += f"{rate / machine.copy_bytes:8.0%}{flops / 1e12:9.1f}{flops / machine.bfloat_flops:8.0%}"
-    return text
+    ratios = (rivals[name] / seconds if name in rivals else None for name in ("torch int4", "torch bfloat"))
+    return text + "".join(f"{'':9}" if ratio is None else f"{ratio:9.2f}" for ratio in ratios)
 
 
 def make_routing(num_tokens: int, shape: Shape) -> Routing:
@@ -271,6 +286,22 @@ def repeated(packed: PackedWint2, times: int) -> PackedWint2:
 def packed_bytes(packed: PackedWint2) -> int:
     tensors = (packed.records, packed.channels, packed.arithmetic, packed.super_scales)
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def wint4_contender(shape: Shape) -> Contender:
+    up_gate = random_tiled(shape.hidden, 2 * shape.intermediate, shape.num_experts, is_gated=True)
+    down = random_tiled(shape.intermediate, shape.hidden, shape.num_experts, is_gated=False)
+    size = (up_gate.nbytes + down.nbytes) / shape.num_experts
+    run = lambda x, routing: lambda: moe_tiled(x, routing.ids_TA, routing.weights_TA, up_gate, down)  # noqa: E731
+    return Contender("wint4", size, MAX_INT4_TOKENS, run)
+
+
+def random_tiled(num_inputs: int, num_outputs: int, num_experts: int, *, is_gated: bool) -> TiledWeight:
+    """WINT4 levels in the kernel's layout."""
+    shape = num_experts, num_outputs // 32, num_inputs // 64, 2, 32, 16
+    tiles = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
+    scales = torch.rand(*shape[:2], 2, 16, device="cuda") * 1e-3
+    return TiledWeight(tiles, scales, 4, num_inputs, num_outputs, is_gated)
 
 
 def int4_contender(shape: Shape) -> Contender:

@@ -1,36 +1,50 @@
-"""Norm, rope, KV store and routing at ERNIE 4.5 300B's widths, beside the same in torch.
+"""Norm, rope, KV store and routing at ERNIE 4.5's widths, beside the same in torch.
 
-python -m tests.bench.bench_small_ops
+python -m tests.bench.bench_small_ops [--shape 300b 21b] [--output FILE.json]
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from cuda_kernels import kv_store, norm, rope, routing
-from tests.bench.gpu_timing import Timer, describe_device
+from tests.bench.gpu_timing import ROWS, Timer, arguments, describe_device
+from tests.bench.results import save
 
-HIDDEN, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, NUM_EXPERTS, ACTIVATED = 8192, 64, 8, 128, 64, 8
-ROWS = (1, 64, 4096)
+HEAD_DIM, NUM_EXPERTS = 128, 64
 Work = Callable[[], object]
 
 
-def cases(rows: int) -> dict[str, tuple[float, Work, Work]]:
+@dataclass(frozen=True)
+class Widths:
+    """Of one model."""
+
+    hidden: int
+    num_heads: int
+    num_kv_heads: int
+    activated: int
+
+
+WIDTHS = {"300b": Widths(8192, 64, 8, 8), "21b": Widths(2560, 20, 4, 6)}
+
+
+def cases(of: Widths, rows: int) -> dict[str, tuple[float, Work, Work]]:
     """Bytes moved, the op, and torch's form of it."""
     x, scale = (
-        torch.randn(rows, HIDDEN, device="cuda").bfloat16(),
-        torch.ones(HIDDEN, device="cuda").bfloat16(),
+        torch.randn(rows, of.hidden, device="cuda").bfloat16(),
+        torch.ones(of.hidden, device="cuda").bfloat16(),
     )
-    heads = torch.randn(rows, NUM_HEADS + 2 * NUM_KV_HEADS, HEAD_DIM, device="cuda").bfloat16()
-    query, key, value = heads.split([NUM_HEADS, NUM_KV_HEADS, NUM_KV_HEADS], dim=1)
+    heads = torch.randn(rows, of.num_heads + 2 * of.num_kv_heads, HEAD_DIM, device="cuda").bfloat16()
+    query, key, value = heads.split([of.num_heads, of.num_kv_heads, of.num_kv_heads], dim=1)
     table, positions = rope.cos_sin_table(8192, HEAD_DIM, 5e5).cuda(), torch.arange(rows, device="cuda")
-    cache = torch.zeros(2, rows // 64 + 1, 64, NUM_KV_HEADS, HEAD_DIM, device="cuda").bfloat16()
+    cache = torch.zeros(2, rows // 64 + 1, 64, of.num_kv_heads, HEAD_DIM, device="cuda").bfloat16()
     logits, bias = torch.randn(rows, NUM_EXPERTS, device="cuda"), torch.zeros(NUM_EXPERTS, device="cuda")
 
     def torch_norm() -> None:
-        torch.nn.functional.rms_norm(x + x, (HIDDEN,), scale, 1e-5)
+        torch.nn.functional.rms_norm(x + x, (of.hidden,), scale, 1e-5)
 
     def torch_rope() -> None:
         cos, sin = table[positions].unsqueeze(1).chunk(2, dim=-1)
@@ -44,7 +58,7 @@ def cases(rows: int) -> dict[str, tuple[float, Work, Work]]:
 
     def torch_route() -> None:
         probabilities = logits.softmax(-1)
-        ids = torch.topk(probabilities + bias, ACTIVATED).indices
+        ids = torch.topk(probabilities + bias, of.activated).indices
         chosen = probabilities.gather(-1, ids)
         chosen / chosen.sum(-1, keepdim=True)
 
@@ -61,19 +75,19 @@ def cases(rows: int) -> dict[str, tuple[float, Work, Work]]:
             lambda: kv_store.kv_store(key, value, cache[0], cache[1], positions),
             torch_store,
         ),
-        "route": (4 * logits.numel(), lambda: routing.route(logits, bias, ACTIVATED, 1e-12), torch_route),
+        "route": (4 * logits.numel(), lambda: routing.route(logits, bias, of.activated, 1e-12), torch_route),
     }
 
 
 def main() -> None:
+    args = arguments(__doc__.splitlines()[0])
     timer = Timer()
     print(describe_device(timer))
-    for rows in ROWS:
-        for name, (num_bytes, work, torch_work) in cases(rows).items():
-            print(
-                timer.line(f"{name}, {rows} rows", work, num_bytes, timer.microseconds(torch_work)),
-                flush=True,
-            )
+    for shape in args.shape:
+        for rows in ROWS:
+            for name, (num_bytes, work, rival) in cases(WIDTHS[shape], rows).items():
+                timer.compare(f"{shape} {name}, {rows} rows", work, rival, num_bytes=num_bytes)
+    save(args.output, timer.figures())
 
 
 if __name__ == "__main__":

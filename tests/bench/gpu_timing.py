@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024, 4096)
 _FLUSHED_BYTES = 2**29  # ten times an H100's L2
 
 
 class Timer:
-    """The median of some runs in microseconds, less what an empty graph takes."""
+    """The median of some runs in microseconds, less an empty graph's; `rows` holds what was compared."""
 
     def __init__(self, repetitions: int = 20) -> None:
         if not torch.cuda.is_available():
             raise SystemExit("no GPU: nothing to time")
+        self.rows: list[dict[str, Any]] = []
         self._repetitions = repetitions
         self._flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.uint8, device="cuda")
         byte = self._flushed[:1]
@@ -45,18 +50,44 @@ class Timer:
         source, target = (torch.empty(2**30, dtype=torch.uint8, device="cuda") for _ in range(2))
         return 2 * source.numel() / (self.microseconds(lambda: target.copy_(source)) * 1e-6)
 
-    def line(
-        self, name: str, work: Callable[[], object], num_bytes: float, torch_us: float | None = None
-    ) -> str:
-        """One row of a table: time, bytes a second, their share of the copy rate, torch's time."""
-        us = self.microseconds(work)
-        rate = num_bytes / us * 1e6
-        row = f"{name:44s} {us:9.1f} us {rate * 1e-12:6.2f} TB/s {rate / self.copy_bytes_a_second:5.0%}"
-        return (
-            row if torch_us is None else f"{row}   torch {torch_us:9.1f} us, {torch_us / us:5.2f} times ours"
-        )
+    def compare(
+        self,
+        name: str,
+        work: Callable[[], object],
+        rival: Callable[[], object] | None = None,
+        *,
+        num_bytes: float | None = None,
+        num_operations: float | None = None,
+    ) -> None:
+        """Times the op and torch's way; prints the rate of the bytes or operations that it takes."""
+        row: dict[str, Any] = {"name": name, "microseconds": self.microseconds(work)}
+        text = f"{name:44s} {row['microseconds']:9.1f} us"
+        if num_bytes is not None:
+            row["bytes_per_second"] = rate = num_bytes / row["microseconds"] * 1e6
+            text += f" {rate * 1e-12:6.2f} TB/s {rate / self.copy_bytes_a_second:5.0%}"
+        if num_operations is not None:
+            row["flops"] = num_operations / row["microseconds"] * 1e6
+            text += f" {row['flops'] * 1e-12:6.1f} TFLOP/s"
+        if rival is not None:
+            row["torch_microseconds"] = self.microseconds(rival)
+            ratio = row["torch_microseconds"] / row["microseconds"]
+            text += f"   torch {row['torch_microseconds']:9.1f} us, {ratio:5.2f} times ours"
+        self.rows.append(row)
+        print(text, flush=True)
+
+    def figures(self) -> dict[str, Any]:
+        """For `results.save`."""
+        return {"copy_bytes_per_second": self.copy_bytes_a_second, "rows": self.rows}
 
 
 def describe_device(timer: Timer) -> str:
     rate = timer.copy_bytes_a_second * 1e-12
     return f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copies {rate:.2f} TB/s"
+
+
+def arguments(description: str) -> argparse.Namespace:
+    """The command line of a benchmark of one op."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--shape", nargs="+", choices=("300b", "21b"), default=["300b", "21b"])
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    return parser.parse_args()
