@@ -62,8 +62,9 @@ gpu: $(INSTALLED) ## the tests that need an NVIDIA GPU and CuPy
 sanitize: $(INSTALLED) ## every kernel under compute-sanitizer's four tools; needs a GPU and the CUDA toolkit
 	$(BIN)/python -m tests.cuda_kernels.sanitize $(ARGS)
 
-bench: $(INSTALLED) ## every tests/bench/bench_*.py, one after another
-	@for file in tests/bench/bench_*.py; do echo "== $$file"; $(BIN)/python $$file || exit 1; done
+NAME := engine
+bench: $(INSTALLED) ## one of tests/bench/bench_*.py: NAME=engine ARGS=…
+	$(BIN)/python -m tests.bench.bench_$(NAME) $(ARGS)
 
 # llama.cpp is built from source by pip, in an environment of its own: some minutes, gcc and cmake needed.
 PEER := .peer
