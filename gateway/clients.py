@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -13,9 +13,9 @@ from typing import Protocol
 import grpc
 
 from gateway.deadline import within
-from gateway.detokenize import DetokenizeSession, DetokenizeStream
+from gateway.detokenize import DetokenizeSession, DetokenizeStream, PieceSink
 from gateway.scheduler.dispatcher import Dispatcher
-from gateway.worker_stream import WorkerStream
+from gateway.worker_stream import ResponseSink, WorkerStream
 from protos.rpc.channel import open_channel
 from protos.rpc.errors import InternalError, ServiceError, UnavailableError, from_rpc_error
 from protos.rpc.security import PLAINTEXT, Security
@@ -90,15 +90,13 @@ class TokenizerClient:
         """The tokenizer went away; the one that comes may know other things."""
         self._chat_template, self._joint, self._token_texts = None, None, {}
 
-    def session(self, options: tokenizer_pb2.DetokenizeOptions) -> DetokenizeSession:
+    def session(self, options: tokenizer_pb2.DetokenizeOptions, sink: PieceSink) -> DetokenizeSession:
         """One completion's way from ids to text."""
-        return self._detokenize.session(options)
+        return self._detokenize.session(options, sink)
 
     async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
-        with self.session(
-            tokenizer_pb2.DetokenizeOptions(skip_special_tokens=skip_special_tokens)
-        ) as session:
-            return (await session.push(token_ids, end=True)).text
+        options = tokenizer_pb2.DetokenizeOptions(skip_special_tokens=skip_special_tokens)
+        return await self._detokenize.decode(token_ids, options)
 
     async def token_texts(self, token_ids: Iterable[int]) -> dict[int, str]:
         """Each token's text as it reads inside a line, special tokens spelled out. Learned once an id."""
@@ -114,8 +112,7 @@ class TokenizerClient:
             # Some vocabularies drop the space that begins a text, so a token is read behind another one.
             [self._joint] = await self.encode(["a"], add_special_tokens=False, timeout=10)
         options = tokenizer_pb2.DetokenizeOptions(skip_special_tokens=False, prefix_token_ids=self._joint)
-        with self.session(options) as session:
-            return (await session.push([token_id], end=True)).text
+        return await self._detokenize.decode([token_id], options)
 
     async def close(self) -> None:
         await self._detokenize.close()
@@ -140,24 +137,25 @@ class WorkerClient:
         self._security = security
         self._links: dict[str, _Link] = {}
 
-    async def generate(
+    @contextlib.contextmanager
+    def generate(
         self,
         address: str,
         request: worker_pb2.GenerateRequest,
+        sink: ResponseSink,
         *,
         timeout: float,
         lost: asyncio.Future[ServiceError],
-    ) -> AsyncGenerator[worker_pb2.GenerateResponse]:
-        """The worker's messages. Closing the iterator cancels the call; `lost` does too and is raised."""
-        call = self._link(address).stream.start(request, timeout)
+    ) -> Iterator[None]:
+        """The worker's messages go to the sink. Leaving cancels the call; `lost` ends it with its error."""
+        call = self._link(address).stream.start(request, timeout, sink)
 
         def give_up(_: asyncio.Future[ServiceError]) -> None:
             call.fail(lost.result())
 
         lost.add_done_callback(give_up)
         try:
-            async for response in call.responses():
-                yield response
+            yield
         finally:
             lost.remove_done_callback(give_up)
             call.close()

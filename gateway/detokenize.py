@@ -1,15 +1,19 @@
 """Token ids to text: all completions of this process share one Detokenize stream.
 
-session.push ─┐                 ┌─► piece
-session.push ─┼─► one request ──► one response ─┼─► piece        while a request is out, pushes gather
-session.push ─┘                 └─► piece
+session.push ─┐                    ┌─► sink.on_piece
+session.push ─┼─► message ─► … ────┼─► sink.on_piece      what cannot be sent yet gathers
+session.push ─┘                    └─► sink.on_piece
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import grpc
 
@@ -19,12 +23,40 @@ from protos.wint2.tokenizer.v1 import tokenizer_pb2_grpc
 
 # A tokenizer that takes longer than this for a batch of tokens is not there any more.
 EXCHANGE_SECONDS = 10.0
+# While the tokenizer has one message, the next is on its way; beyond, pushes gather.
+MAX_UNANSWERED = 3
+# A step of many sequences goes in several messages: the first one's text leaves while the last is decoded.
+MAX_CHUNKS = 16
 
 Piece = pb.DetokenizePiece
 Call = grpc.aio.StreamStreamCall[pb.DetokenizeRequest, pb.DetokenizeResponse]
-LOST = UnavailableError(
-    "the connection to the tokenizer was lost", reason="TOKENIZER_LOST", retry_after_seconds=1
-)
+
+
+def tokenizer_lost() -> ServiceError:
+    message = "the connection to the tokenizer was lost"
+    return UnavailableError(message, reason="TOKENIZER_LOST", retry_after_seconds=1)
+
+
+class PieceSink(Protocol):
+    """Who wants a session's text."""
+
+    def on_piece(self, piece: Piece) -> None:
+        """The text that tokens pushed before made printable."""
+
+    def on_lost(self, error: ServiceError) -> None:
+        """No more pieces."""
+
+
+@dataclass
+class _Message:
+    """Chunks that gather, and whose they are."""
+
+    request: pb.DetokenizeRequest = field(default_factory=pb.DetokenizeRequest)
+    sessions: list[DetokenizeSession] = field(default_factory=list)
+
+    def add(self, session: DetokenizeSession) -> pb.DetokenizeChunk:
+        self.sessions.append(session)
+        return self.request.chunks.add(session_id=session.session_id)
 
 
 class DetokenizeStream:
@@ -33,28 +65,31 @@ class DetokenizeStream:
     def __init__(self, stub: tokenizer_pb2_grpc.TokenizerServiceAsyncStub) -> None:
         self._stub = stub
         self._session_ids = itertools.count(1)
-        self._waiting: dict[int, tuple[pb.DetokenizeChunk, asyncio.Future[Piece]]] = {}
+        self._outbox: deque[_Message] = deque()
+        self._unanswered: deque[_Message] = deque()
         self._has_work = asyncio.Event()
+        self._has_answer = asyncio.Event()
         self._pump: asyncio.Task[None] | None = None
         self.generation = 0
 
-    def session(self, options: pb.DetokenizeOptions) -> DetokenizeSession:
-        return DetokenizeSession(self, next(self._session_ids), options)
+    def session(self, options: pb.DetokenizeOptions, sink: PieceSink) -> DetokenizeSession:
+        return DetokenizeSession(self, next(self._session_ids), options, sink)
 
-    def send(self, chunk: pb.DetokenizeChunk) -> asyncio.Future[Piece]:
-        """Queues the chunk; the future ends with its piece."""
-        future: asyncio.Future[Piece] = asyncio.get_running_loop().create_future()
-        self._waiting[chunk.session_id] = chunk, future
+    async def decode(self, token_ids: Sequence[int], options: pb.DetokenizeOptions) -> str:
+        """The text of ids that are all there."""
+        whole = _Whole()
+        with self.session(options, whole) as session:
+            session.push(token_ids, end=True)
+            return (await whole.piece).text
+
+    def chunk(self, session: DetokenizeSession) -> pb.DetokenizeChunk:
+        """The session's part of the next message."""
+        if not self._outbox or len(self._outbox[-1].sessions) == MAX_CHUNKS:
+            self._outbox.append(_Message())
         self._has_work.set()
         if self._pump is None or self._pump.done():
             self._pump = asyncio.create_task(self._run())
-        return future
-
-    def forget(self, session_id: int) -> None:
-        """Ends a session whose text nobody wants any more."""
-        chunk, _ = self._waiting.pop(session_id, (pb.DetokenizeChunk(session_id=session_id), None))
-        chunk.end = True
-        self.send(chunk)
+        return self._outbox[-1].add(session)
 
     async def close(self) -> None:
         if self._pump is not None:
@@ -63,78 +98,136 @@ class DetokenizeStream:
 
     async def _run(self) -> None:
         call = self._stub.Detokenize()
-        batch: list[tuple[pb.DetokenizeChunk, asyncio.Future[Piece]]] = []
-        error: ServiceError = LOST
+        writer = asyncio.create_task(self._write(call))
+        error: ServiceError | None = None
         try:
-            while True:
-                await self._has_work.wait()
-                self._has_work.clear()
-                batch = list(self._waiting.values())
-                self._waiting.clear()
-                if batch:
-                    await self._exchange(call, batch)
+            await self._read(call)
         except grpc.aio.AioRpcError as failure:
-            error = LOST if failure.code() is grpc.StatusCode.UNAVAILABLE else from_rpc_error(failure)
+            if failure.code() is not grpc.StatusCode.UNAVAILABLE:
+                error = from_rpc_error(failure)
         except (asyncio.InvalidStateError, TimeoutError):
-            error = LOST
+            pass
         finally:
+            writer.cancel()
             call.cancel()
-            self._fail([*batch, *self._waiting.values()], error)
+            self._fail(error)
 
-    async def _exchange(
-        self, call: Call, batch: list[tuple[pb.DetokenizeChunk, asyncio.Future[Piece]]]
-    ) -> None:
-        async with asyncio.timeout(EXCHANGE_SECONDS):
-            await call.write(pb.DetokenizeRequest(chunks=[chunk for chunk, _ in batch]))
-            response = await call.read()
-        if not isinstance(response, pb.DetokenizeResponse):
-            raise asyncio.InvalidStateError("the stream ended")
-        for (_, future), piece in zip(batch, response.pieces, strict=True):
-            if not future.done():
-                future.set_result(piece)
+    async def _write(self, call: Call) -> None:
+        """Ends with the stream, whose reader knows why."""
+        with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            while True:
+                while not self._outbox or len(self._unanswered) == MAX_UNANSWERED:
+                    self._has_work.clear()
+                    await self._has_work.wait()
+                message = self._outbox.popleft()
+                for session in message.sessions:
+                    session.on_sent()
+                self._unanswered.append(message)
+                self._has_answer.set()
+                await call.write(message.request)
 
-    def _fail(
-        self, unanswered: Sequence[tuple[pb.DetokenizeChunk, asyncio.Future[Piece]]], error: ServiceError
-    ) -> None:
+    async def _read(self, call: Call) -> None:
+        while True:
+            await self._has_answer.wait()
+            async with asyncio.timeout(EXCHANGE_SECONDS):
+                response = await call.read()
+            if not isinstance(response, pb.DetokenizeResponse):
+                raise asyncio.InvalidStateError("the stream ended")
+            answered = self._unanswered.popleft()
+            self._has_work.set()
+            if not self._unanswered:
+                self._has_answer.clear()
+            for session, piece in zip(answered.sessions, response.pieces, strict=True):
+                session.on_piece(piece)
+
+    def _fail(self, error: ServiceError | None) -> None:
+        """Every session that waits for an answer gets an error of its own unless there is one for all."""
         self.generation += 1
-        self._waiting.clear()
-        for _, future in unanswered:
-            if not future.done():
-                future.set_exception(error)
-                future.exception()  # looked at: nobody may be waiting for it
+        unanswered = [*self._unanswered, *self._outbox]
+        self._unanswered.clear()
+        self._outbox.clear()
+        self._has_answer.clear()
+        for session in dict.fromkeys(session for message in unanswered for session in message.sessions):
+            session.on_lost(error or tokenizer_lost())
 
 
 class DetokenizeSession:
-    """One completion's text. Use as an async context manager: leaving it frees the tokenizer's state."""
+    """One completion's text. Use as a context manager: leaving it frees the tokenizer's state."""
 
-    def __init__(self, stream: DetokenizeStream, session_id: int, options: pb.DetokenizeOptions) -> None:
+    def __init__(
+        self, stream: DetokenizeStream, session_id: int, options: pb.DetokenizeOptions, sink: PieceSink
+    ) -> None:
+        self.session_id = session_id
         self._stream = stream
-        self._session_id = session_id
+        self._sink = sink
         self._options: pb.DetokenizeOptions | None = options
         self._generation = stream.generation
-        self._is_open = False
+        self._chunk: pb.DetokenizeChunk | None = None
+        self._num_unanswered = 0
+        self._is_over = False
 
-    async def push(self, token_ids: Sequence[int], *, end: bool = False) -> Piece:
-        """The text that `token_ids` made printable; `end` flushes what was held back."""
+    @property
+    def is_waiting(self) -> bool:
+        """Whether a piece is still to come for what was pushed."""
+        return not self._is_over and (self._chunk is not None or self._num_unanswered > 0)
+
+    def push(self, token_ids: Iterable[int], *, end: bool = False) -> None:
+        """Asks for the text that `token_ids` make printable; `end` flushes what was held back."""
         if self._generation != self._stream.generation:
-            raise LOST
-        chunk = pb.DetokenizeChunk(
-            session_id=self._session_id, options=self._options, token_ids=token_ids, end=end
-        )
-        self._options, self._is_open = None, True
-        piece = await self._stream.send(chunk)
-        self._is_open = not piece.finished
+            self.on_lost(tokenizer_lost())
+            return
+        if self._chunk is None:
+            self._chunk = self._stream.chunk(self)
+            if self._options is not None:
+                self._chunk.options.CopyFrom(self._options)
+                self._options = None
+        self._chunk.token_ids.extend(token_ids)
+        if end:
+            self._chunk.end = True
+
+    def on_sent(self) -> None:
+        self._chunk = None
+        self._num_unanswered += 1
+
+    def on_piece(self, piece: Piece) -> None:
+        self._num_unanswered -= 1
+        if self._is_over:
+            return
+        self._is_over = piece.finished
         if piece.HasField("error_message"):
-            raise InvalidArgumentError(piece.error_message)
-        return piece
+            self._sink.on_lost(InvalidArgumentError(piece.error_message))
+        else:
+            self._sink.on_piece(piece)
+
+    def on_lost(self, error: ServiceError) -> None:
+        if not self._is_over:
+            self._is_over = True
+            self._sink.on_lost(error)
 
     def close(self) -> None:
-        if self._is_open and self._generation == self._stream.generation:
-            self._is_open = False
-            self._stream.forget(self._session_id)
+        """Ends a session whose text nobody wants any more."""
+        is_known = self._options is None and self._generation == self._stream.generation
+        if is_known and not self._is_over:
+            self.push((), end=True)
+        self._is_over = True
 
     def __enter__(self) -> DetokenizeSession:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class _Whole:
+    """A piece that is all there is, to wait for."""
+
+    def __init__(self) -> None:
+        self.piece: asyncio.Future[Piece] = asyncio.get_running_loop().create_future()
+
+    def on_piece(self, piece: Piece) -> None:
+        if not self.piece.done():
+            self.piece.set_result(piece)
+
+    def on_lost(self, error: ServiceError) -> None:
+        if not self.piece.done():
+            self.piece.set_exception(error)

@@ -22,7 +22,7 @@ from gateway.http_errors import from_service_error, named_as_asked
 from gateway.metrics import GatewayMetrics
 from gateway.pipeline import Pipeline
 from gateway.readiness import Readiness
-from gateway.requests import EncodedPrompt, Event, Finished, Started, TextPiece, TextRequest
+from gateway.requests import EncodedPrompt, Event, Finished, Started, TextRequest
 from gateway.schemas import CommonRequest, CompletionRequest
 from gateway.settings import GatewaySettings
 from gateway.sse import DONE, EventStream, sse, until_disconnect
@@ -109,13 +109,12 @@ class OpenAiApi:
         events = self._pipeline.run(view.request, view.prompts)
         if isinstance(view.body, CompletionRequest) and view.body.is_echo_only:
             events = without_completion(events)
-        events = observed(events, view, access)
         with named_as_asked(wire_fields(view.body)):
             if not view.body.stream:
-                return JSONResponse(await fold(view, events))
+                return JSONResponse(await fold(view, events, access))
             # Until the first event there is no status line: errors before it are real HTTP errors.
             first = await anext(events)
-        return EventStream(stream(view, first, events), self._settings.write_timeout)
+        return EventStream(stream(view, first, events, access), self._settings.write_timeout)
 
     async def _texts(self, prompts: Sequence[EncodedPrompt]) -> list[str]:
         decode = self._pipeline.tokenizer.decode
@@ -133,17 +132,6 @@ class OpenAiApi:
         return body.model or next((model.id for model in self._readiness.models()), "")
 
 
-async def observed(events: AsyncGenerator[Event], view: View, access: Access) -> AsyncGenerator[Event]:
-    """The same events, counted for usage and the access line as they pass."""
-    async with aclosing(events):
-        async for event in events:
-            view.tally.on_event(event)
-            access.num_completion_tokens = view.tally.num_completion_tokens
-            if access.first_token_at is None and isinstance(event, TextPiece):
-                access.first_token_at = time.perf_counter()
-            yield event
-
-
 async def without_completion(events: AsyncGenerator[Event]) -> AsyncGenerator[Event]:
     """The same answer as if it had ended with the prompt."""
     async with aclosing(events):
@@ -155,18 +143,27 @@ async def without_completion(events: AsyncGenerator[Event]) -> AsyncGenerator[Ev
                 yield event
 
 
-async def fold(view: View, events: AsyncGenerator[Event]) -> dict[str, Any]:
+def count(event: Event, view: View, access: Access) -> None:
+    """For the answer's usage, and for the access line."""
+    view.tally.on_event(event)
+    access.on_event(event)
+
+
+async def fold(view: View, events: AsyncGenerator[Event], access: Access) -> dict[str, Any]:
     """The whole answer."""
     choices: dict[int, Folded] = {}
     async with aclosing(events):
         async for event in events:
+            count(event, view, access)
             choices.setdefault(event.index, Folded()).on_event(event)
     bodies = [await view.answer_choice(index, choices[index]) for index in sorted(choices)]
     answer = {"object": view.answer_object, "choices": bodies, "usage": view.tally.body()}
     return {**view.head, **answer, **view.prompt_ids(), **await view.prompt_facts(choices[0])}
 
 
-async def stream(view: View, first: Event, events: AsyncGenerator[Event]) -> AsyncGenerator[bytes]:
+async def stream(
+    view: View, first: Event, events: AsyncGenerator[Event], access: Access
+) -> AsyncGenerator[bytes]:
     """The answer as server-sent events: chunks, the usage if it was asked for, or the error; then [DONE]."""
     options = view.body.stream_options
     head = {**view.head, "object": view.chunk_object}
@@ -178,6 +175,7 @@ async def stream(view: View, first: Event, events: AsyncGenerator[Event]) -> Asy
         async with aclosing(events):
             event: Event | None = first
             while event is not None:
+                count(event, view, access)
                 choice = await view.chunk_choice(event)
                 if choice is not None:
                     usage = {"usage": view.tally.body() if is_usage_always else None} if options else {}

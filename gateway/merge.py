@@ -10,13 +10,12 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-async def merge(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[T]:
+def merge(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[T]:
     """Yields the items of all streams at the reader's pace; the first failure ends them all and is raised."""
-    if len(streams) == 1:
-        async with aclosing(streams[0]) as only:
-            async for item in only:
-                yield item
-        return
+    return streams[0] if len(streams) == 1 else _merge(streams)
+
+
+async def _merge(streams: Sequence[AsyncGenerator[T]]) -> AsyncGenerator[T]:
     queue: asyncio.Queue[T | _End] = asyncio.Queue(maxsize=len(streams))
     tasks = [asyncio.create_task(_pump(stream, queue)) for stream in streams]
     try:

@@ -8,7 +8,8 @@ import hashlib
 import logging
 from array import array
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, closing
+from functools import partial
 
 from gateway.clients import Placement, SchedulerClient, TokenizerClient, WorkerClient
 from gateway.completion import Completion, stop_token_ids
@@ -136,21 +137,21 @@ class Pipeline:
             include_stop=request.include_stop,
             prefix_token_ids=generate.prompt.ids[-JOINT_TOKENS:],
         )
-        responses = self._workers.generate(
-            placement.placed.address, generate, timeout=remaining(request.deadline), lost=placement.lost
+        completion = Completion(
+            index,
+            stop_token_ids(generate.sampling_params, placement.placed.eos_token_ids),
+            partial(self.tokenizer.session, options),
+            include_stop=request.include_stop,
         )
-        stop_ids = stop_token_ids(generate.sampling_params, placement.placed.eos_token_ids)
-        async with aclosing(responses):
-            with self.tokenizer.session(options) as session:
-                completion = Completion(index, session, stop_ids, request.include_stop)
-                async for response in responses:
-                    for event in await completion.feed(response):
-                        yield event
-                    if completion.is_finished:
-                        return
-        raise UnavailableError(
-            "the worker ended the stream early", reason="WORKER_LOST", retry_after_seconds=1
-        )
+        timeout = remaining(request.deadline)
+        address, lost = placement.placed.address, placement.lost
+        with (
+            closing(completion),
+            self._workers.generate(address, generate, completion, timeout=timeout, lost=lost),
+        ):
+            async with aclosing(completion.events()) as events:
+                async for event in events:
+                    yield event
 
 
 def delta_interval_ms(num_choices: int, max_deltas_per_second: float) -> int:

@@ -1,17 +1,17 @@
 """Generate calls to one worker: all completions of this process share one stream.
 
-start(), cancel() ── what gathered ──► worker
-call  ◄───────────── its share ─────── one message for all that became ready together
+start(), close() ── what gathered ──► worker
+sink  ◄──────────── its share ─────── one message for all that became ready together
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-from collections import deque
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from typing import Protocol
 
 import grpc
 from google.rpc import status_pb2
@@ -38,6 +38,16 @@ def connection_lost() -> ServiceError:
     return UnavailableError(message, reason="CONNECTION_LOST", retry_after_seconds=1)
 
 
+class ResponseSink(Protocol):
+    """Who wants a call's responses."""
+
+    def on_response(self, response: GenerateResponse) -> None:
+        """The next one."""
+
+    def on_end(self, error: ServiceError | None) -> None:
+        """No more, and why if that is not well."""
+
+
 class WorkerStream:
     """Opens the stream when first needed, and again after it broke; the calls of a broken stream fail."""
 
@@ -54,10 +64,10 @@ class WorkerStream:
     def num_calls(self) -> int:
         return len(self._calls)
 
-    def start(self, request: GenerateRequest, timeout_seconds: float) -> WorkerCall:
+    def start(self, request: GenerateRequest, timeout_seconds: float, sink: ResponseSink) -> WorkerCall:
         """Close the call in the end, however it ends."""
         call_id = next(self._call_ids)
-        call = self._calls[call_id] = WorkerCall(self, call_id, timeout_seconds)
+        call = self._calls[call_id] = WorkerCall(self, call_id, timeout_seconds, sink)
         self._outbox.starts.append(
             GenerateCall(
                 call_id=call_id,
@@ -120,53 +130,35 @@ class WorkerStream:
 
 
 class WorkerCall:
-    """One completion's messages. Deltas that nobody has read yet are put together."""
+    """One completion's call. Its sink hears of the end once."""
 
-    def __init__(self, stream: WorkerStream, call_id: int, timeout_seconds: float) -> None:
+    def __init__(
+        self, stream: WorkerStream, call_id: int, timeout_seconds: float, sink: ResponseSink
+    ) -> None:
         self._stream = stream
         self._call_id = call_id
-        self._inbox: deque[GenerateResponse] = deque()
-        self._news = asyncio.Event()
+        self._sink = sink
         self._is_over = False
-        self._error: ServiceError | None = None
+        self._is_failed = False
         deadline = DeadlineError("the request's time is up")
         self._timer = asyncio.get_running_loop().call_later(timeout_seconds, self.fail, deadline)
 
-    async def responses(self) -> AsyncGenerator[GenerateResponse]:
-        """Raises what ended the call if it did not end well."""
-        while True:
-            while self._inbox:
-                yield self._inbox.popleft()
-            if self._error is not None:
-                raise self._error
-            if self._is_over:
-                return
-            self._news.clear()
-            await self._news.wait()
-
     def deliver(self, response: GenerateCallResponse) -> None:
+        if self._is_failed:
+            return
         for message in response.responses:
-            if self._inbox and can_join(self._inbox[-1], message):
-                self._inbox[-1].delta.MergeFrom(message.delta)
-            else:
-                self._inbox.append(message)
+            self._sink.on_response(message)
         if response.HasField("end_status"):
-            status = status_pb2.Status.FromString(response.end_status)
             self._is_over = True
-            self._error = from_status(status) if status.code else None
-        self._news.set()
+            status = status_pb2.Status.FromString(response.end_status)
+            self._sink.on_end(from_status(status) if status.code else None)
 
     def fail(self, error: ServiceError) -> None:
         """Ends the call from this side, if it has not ended."""
-        if not self._is_over and self._error is None:
-            self._error = error
-            self._news.set()
+        if not self._is_over and not self._is_failed:
+            self._is_failed = True
+            self._sink.on_end(error)
 
     def close(self) -> None:
         self._timer.cancel()
         self._stream.forget(self._call_id, is_over=self._is_over)
-
-
-def can_join(last: GenerateResponse, message: GenerateResponse) -> bool:
-    """Whether both are deltas of one completion."""
-    return last.HasField("delta") and message.HasField("delta") and last.delta.index == message.delta.index
