@@ -21,12 +21,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
+from gpu_worker.config import SchedulerConfig
 from gpu_worker.engine.memory import GIB
 from gpu_worker.engine.preflight import footprint
 from gpu_worker.model.config_reader import read_model_config
 from tests.bench.gpu_shapes import SHAPES, write_model_folder
 from tests.bench.http_load import ask, ask_together, text_of
+from tests.bench.results import save
 from tests.e2e.processes import free_port
 
 READY_SECONDS = 400.0
@@ -98,13 +101,14 @@ def print_start(lines: list[str]) -> None:
         print(f"  {line[:150]}")
 
 
-def print_memory(folder: Path) -> None:
-    """What the preflight says that the weights take, and what the GPU says is in use."""
-    found = footprint(read_model_config(folder))
+def memory(folder: Path, max_num_seqs: int) -> dict[str, float]:
+    """GiB that the preflight foresees, and what the GPU says is in use."""
+    found = footprint(read_model_config(folder), limits=SchedulerConfig(max_num_seqs=max_num_seqs))
     used, total = (int(field) / 1024 for field in _nvidia_smi("memory.used,memory.total").split(","))
     weights, reserve = found.weight_bytes / GIB, found.reserve.total_bytes / GIB
     print(f"memory: preflight {weights:.1f} GiB of weights and {reserve:.1f} of reserve,", end=" ")
     print(f"{found.token_bytes / 1024:.0f} KiB a token; in use {used:.1f} of {total:.1f} GiB")
+    return {"weights foreseen": weights, "reserve foreseen": reserve, "in use": used, "GPU": total}
 
 
 def _nvidia_smi(fields: str) -> str:
@@ -112,38 +116,51 @@ def _nvidia_smi(fields: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-async def print_rates(port: int, concurrency: list[int], num_tokens: int) -> None:
+async def rates(port: int, concurrency: list[int], num_tokens: int) -> dict[int, dict[str, float]]:
     print("requests   tokens/s  tokens/s after the first token   ms a token   ms to the first")
+    found = {}
     for count in concurrency:
         load = await ask_together(port, [text_of(64, 1000 * count + i) for i in range(count)], num_tokens)
         print(f"{count:8d} {load.tokens_a_second:10.1f} {count / load.token_seconds:31.1f}", end="")
         print(f" {load.token_seconds * 1e3:12.2f} {load.first_seconds * 1e3:17.1f}", flush=True)
+        found[count] = {
+            "tokens_per_second": load.tokens_a_second,
+            "decode_tokens_per_second": count / load.token_seconds,
+            "first_token_seconds": load.first_seconds,
+        }
+    return found
 
 
-async def print_firsts(port: int, lengths: list[int]) -> None:
+async def firsts(port: int, lengths: list[int]) -> dict[int, dict[str, float]]:
     print("prompt of   ms to the first token   the same prompt again")
+    found = {}
     for length in lengths:
         new = [(await ask(port, text_of(length, 7 * length + i), 2)).first_seconds for i in range(3)]
         known = [(await ask(port, text_of(length, 7 * length), 2)).first_seconds for _ in range(3)]
-        medians = (statistics.median(seconds) * 1e3 for seconds in (new, known))
-        print(f"{length:9d}", *(f"{median:23.1f}" for median in medians), flush=True)
+        found[length] = {"new_seconds": statistics.median(new), "known_seconds": statistics.median(known)}
+        medians = (f"{seconds * 1e3:23.1f}" for seconds in found[length].values())
+        print(f"{length:9d}", *medians, flush=True)
+    return found
 
 
-async def print_shared(port: int) -> None:
+async def shared(port: int) -> dict[str, float]:
     """Requests at once whose prompts begin with the same text, which one before them had."""
     prefix = text_of(SHARED_PREFIX, 5)
     await ask(port, prefix, 2)
     load = await ask_together(port, [prefix + text_of(64, i) for i in range(SHARERS)], 32)
-    rate, first = load.tokens_a_second, load.first_seconds * 1e3
+    rate, first = load.tokens_a_second, load.first_seconds
     print(f"{SHARERS} requests that share {SHARED_PREFIX} tokens: {rate:.1f} tokens/s,", end=" ")
-    print(f"{first:.1f} ms to the first token", flush=True)
+    print(f"{first * 1e3:.1f} ms to the first token", flush=True)
+    return {"tokens_per_second": rate, "first_token_seconds": first}
 
 
-async def measure(port: int, args: argparse.Namespace) -> None:
+async def measure(port: int, args: argparse.Namespace) -> dict[str, Any]:
     await ask_together(port, [text_of(64, i) for i in range(4)], 8)
-    await print_rates(port, args.concurrency, args.num_tokens)
-    await print_firsts(port, args.prompts)
-    await print_shared(port)
+    return {
+        "rates": await rates(port, args.concurrency, args.num_tokens),
+        "first_tokens": await firsts(port, args.prompts),
+        "shared_prefix": await shared(port),
+    }
 
 
 def main() -> None:
@@ -154,6 +171,7 @@ def main() -> None:
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32, 64, 128])
     parser.add_argument("--prompts", type=int, nargs="+", default=[128, 2048, 8192])
     parser.add_argument("--num-tokens", type=int, default=64, help="of each completion")
+    parser.add_argument("--output", type=Path, help="JSON file for the figures")
     args, flags = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -161,10 +179,12 @@ def main() -> None:
         limits = ["--max-model-len", str(MAX_LEN), "--max-num-seqs", str(max(args.concurrency))]
         print(f"{args.shape}, wint2 serve {' '.join(flags)}", flush=True)
         with running(folder, ["--device", args.device, *limits, *flags]) as stack:
-            print_start(stack.wait())
-            asyncio.run(measure(stack.port, args))
+            figures: dict[str, Any] = {"shape": args.shape, "flags": flags, "start": stack.wait()}
+            print_start(figures["start"])
+            figures |= asyncio.run(measure(stack.port, args))
             if args.device == "cuda":
-                print_memory(folder)
+                figures["memory"] = memory(folder, max(args.concurrency))
+        save(args.output, figures)
 
 
 if __name__ == "__main__":
