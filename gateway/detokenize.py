@@ -1,8 +1,8 @@
 """Token ids to text: all completions of this process share one Detokenize stream.
 
-session.push ─┐                    ┌─► sink.on_piece
-session.push ─┼─► message ─► … ────┼─► sink.on_piece      what cannot be sent yet gathers
-session.push ─┘                    └─► sink.on_piece
+session.push ─┐                 ┌─► sink.on_piece
+session.push ─┼─► one request ──► one response ─┼─► sink.on_piece      while a request is out, pushes gather
+session.push ─┘                 └─► sink.on_piece
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import asyncio
 import itertools
 from collections import deque
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -23,10 +22,8 @@ from protos.wint2.tokenizer.v1 import tokenizer_pb2_grpc
 
 # A tokenizer that takes longer than this for a batch of tokens is not there any more.
 EXCHANGE_SECONDS = 10.0
-# While the tokenizer has one message, the next is on its way; beyond, pushes gather.
-MAX_UNANSWERED = 3
-# A step of many sequences goes in several messages: the first one's text leaves while the last is decoded.
-MAX_CHUNKS = 16
+# A step of many sequences goes in several messages: the first one's text leaves while the next is decoded.
+MAX_CHUNKS = 32
 
 Piece = pb.DetokenizePiece
 Call = grpc.aio.StreamStreamCall[pb.DetokenizeRequest, pb.DetokenizeResponse]
@@ -66,9 +63,7 @@ class DetokenizeStream:
         self._stub = stub
         self._session_ids = itertools.count(1)
         self._outbox: deque[_Message] = deque()
-        self._unanswered: deque[_Message] = deque()
         self._has_work = asyncio.Event()
-        self._has_answer = asyncio.Event()
         self._pump: asyncio.Task[None] | None = None
         self.generation = 0
 
@@ -98,56 +93,43 @@ class DetokenizeStream:
 
     async def _run(self) -> None:
         call = self._stub.Detokenize()
-        writer = asyncio.create_task(self._write(call))
+        unanswered: list[_Message] = []
         error: ServiceError | None = None
         try:
-            await self._read(call)
+            while True:
+                await self._has_work.wait()
+                unanswered = [self._outbox.popleft()]
+                if not self._outbox:
+                    self._has_work.clear()
+                await self._exchange(call, unanswered[0])
+                unanswered = []
         except grpc.aio.AioRpcError as failure:
             if failure.code() is not grpc.StatusCode.UNAVAILABLE:
                 error = from_rpc_error(failure)
         except (asyncio.InvalidStateError, TimeoutError):
             pass
         finally:
-            writer.cancel()
             call.cancel()
-            self._fail(error)
+            self._fail([*unanswered, *self._outbox], error)
 
-    async def _write(self, call: Call) -> None:
-        """Ends with the stream, whose reader knows why."""
-        with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            while True:
-                while not self._outbox or len(self._unanswered) == MAX_UNANSWERED:
-                    self._has_work.clear()
-                    await self._has_work.wait()
-                message = self._outbox.popleft()
-                for session in message.sessions:
-                    session.on_sent()
-                self._unanswered.append(message)
-                self._has_answer.set()
-                await call.write(message.request)
+    async def _exchange(self, call: Call, message: _Message) -> None:
+        for session in message.sessions:
+            session.on_sent()
+        async with asyncio.timeout(EXCHANGE_SECONDS):
+            await call.write(message.request)
+            response = await call.read()
+        if not isinstance(response, pb.DetokenizeResponse):
+            raise asyncio.InvalidStateError("the stream ended")
+        for session, piece in zip(message.sessions, response.pieces, strict=True):
+            session.on_piece(piece)
 
-    async def _read(self, call: Call) -> None:
-        while True:
-            await self._has_answer.wait()
-            async with asyncio.timeout(EXCHANGE_SECONDS):
-                response = await call.read()
-            if not isinstance(response, pb.DetokenizeResponse):
-                raise asyncio.InvalidStateError("the stream ended")
-            answered = self._unanswered.popleft()
-            self._has_work.set()
-            if not self._unanswered:
-                self._has_answer.clear()
-            for session, piece in zip(answered.sessions, response.pieces, strict=True):
-                session.on_piece(piece)
-
-    def _fail(self, error: ServiceError | None) -> None:
+    def _fail(self, messages: Iterable[_Message], error: ServiceError | None) -> None:
         """Every session that waits for an answer gets an error of its own unless there is one for all."""
         self.generation += 1
-        unanswered = [*self._unanswered, *self._outbox]
-        self._unanswered.clear()
+        waiting = dict.fromkeys(session for message in messages for session in message.sessions)
         self._outbox.clear()
-        self._has_answer.clear()
-        for session in dict.fromkeys(session for message in unanswered for session in message.sessions):
+        self._has_work.clear()
+        for session in waiting:
             session.on_lost(error or tokenizer_lost())
 
 
@@ -163,13 +145,13 @@ class DetokenizeSession:
         self._options: pb.DetokenizeOptions | None = options
         self._generation = stream.generation
         self._chunk: pb.DetokenizeChunk | None = None
-        self._num_unanswered = 0
+        self._is_unanswered = False
         self._is_over = False
 
     @property
     def is_waiting(self) -> bool:
         """Whether a piece is still to come for what was pushed."""
-        return not self._is_over and (self._chunk is not None or self._num_unanswered > 0)
+        return not self._is_over and (self._chunk is not None or self._is_unanswered)
 
     def push(self, token_ids: Iterable[int], *, end: bool = False) -> None:
         """Asks for the text that `token_ids` make printable; `end` flushes what was held back."""
@@ -187,10 +169,10 @@ class DetokenizeSession:
 
     def on_sent(self) -> None:
         self._chunk = None
-        self._num_unanswered += 1
+        self._is_unanswered = True
 
     def on_piece(self, piece: Piece) -> None:
-        self._num_unanswered -= 1
+        self._is_unanswered = False
         if self._is_over:
             return
         self._is_over = piece.finished
