@@ -100,10 +100,10 @@ def warm_up(
                 progress(done, len(wanted), running[future])
 
 
-def compile_cubin(variant: Variant, arch: str, folder: Path = SOURCES) -> Cubin:
+def compile_cubin(variant: Variant, arch: str, folder: Path | None = None) -> Cubin:
     """Compiles one variant to machine code; raises KernelBuildError with the offending source line."""
     nvrtc = _nvrtc()
-    source = (folder / f"{variant.stem}.cu").read_bytes()
+    source = ((folder or SOURCES) / f"{variant.stem}.cu").read_bytes()
     arguments = [option.encode() for option in options(variant, arch)]
     error, program = nvrtc.nvrtcCreateProgram(source, f"{variant.stem}.cu".encode(), 0, [], [])
     _expect_success(error)

