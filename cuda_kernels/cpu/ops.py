@@ -7,6 +7,7 @@ heads, C head dim, B blocks, P slots in a block, S sequences, M blocks of the lo
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -21,6 +22,7 @@ from cuda_kernels.cpu import experts as compiled_experts
 from cuda_kernels.cpu import layers as compiled_layers
 from cuda_kernels.cpu import linear as compiled_linear
 from cuda_kernels.cpu import rows
+from cuda_kernels.cpu import sampling as compiled_sampling
 from cuda_kernels.cpu.kernels import address_of
 from cuda_kernels.cpu.panels import PANEL, PanelExperts, PanelWeight
 from cuda_kernels.cpu.team import address_of as job_address
@@ -191,6 +193,32 @@ def attention(
         scale,
     )
     return out_THC
+
+
+def draw(
+    logits_SV: torch.Tensor, wishes: Iterable[torch.Tensor], uniform_S: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(token ids int64 [S], largest logits [S])."""
+    num_rows, vocab_size = logits_SV.shape
+    token_ids_S, peaks_S = torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows)
+    logits = logits_SV.data_ptr(), 4 * logits_SV.stride(0), num_rows, vocab_size
+    temperature, top_k, top_p, min_p = (wish.data_ptr() for wish in wishes)
+    wanted = temperature, top_k, top_p, min_p, uniform_S.data_ptr()
+    compiled_sampling.draw(logits, wanted, token_ids_S.data_ptr(), peaks_S.data_ptr())
+    return token_ids_S, peaks_S
+
+
+def penalise(
+    logits_SV: torch.Tensor,
+    positions_X: torch.Tensor,
+    rows_X: torch.Tensor,
+    divisor_NV: torch.Tensor,
+    loss_NV: torch.Tensor,
+) -> None:
+    """In place."""
+    logits = logits_SV.data_ptr(), 4 * logits_SV.stride(0), logits_SV.shape[1]
+    where = positions_X.data_ptr(), rows_X.data_ptr(), len(rows_X)
+    compiled_sampling.penalise(logits, *where, divisor_NV.data_ptr(), loss_NV.data_ptr())
 
 
 def new_step() -> np.ndarray[Any, Any]:

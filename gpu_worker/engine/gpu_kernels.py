@@ -35,7 +35,7 @@ def build_kernels(model: Decoder, device: torch.device, cache_dtype: torch.dtype
 
 def kernels_of(model: Decoder, cache_dtype: torch.dtype, arch: str) -> Iterator[Variant]:
     """Every kernel that a step of this model may launch."""
-    yield from (Variant(stem) for stem in ("norm", "rope", "kv_store"))
+    yield from (Variant(stem) for stem in ("norm", "rope", "kv_store", "sampling"))
     yield from attention_kernels.variants(model.config.head_dim, cache_dtype, is_hopper=arch == "sm_90a")
     weights = [weight for layer in model.layers for weight in _weights(layer)]
     bits: set[Bits] = {weight.bits for weight in weights if isinstance(weight, TiledWeight)}

@@ -1,15 +1,26 @@
 """Repetition, presence and frequency penalties of each sequence's tokens, as two numbers a token.
 
-N rows of the sequence table, S sequences of a step, V vocabulary.
+N rows of the sequence table, X sequences of a step that are penalised, V vocabulary.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cuda_kernels.sampling import penalise
 from gpu_worker.engine.sequence import Sequence
+
+
+class Strengths(NamedTuple):
+    """The penalties of some rows, float32 [X] each."""
+
+    repetition_X: torch.Tensor
+    presence_X: torch.Tensor
+    frequency_X: torch.Tensor
 
 
 class Penalties:
@@ -39,26 +50,16 @@ class Penalties:
         self._loss_NV[row] = self._to(loss)
         self._is_generated_NV[row] = self._to(counts) > 0
 
-    def add(
-        self,
-        rows_S: torch.Tensor,
-        token_ids_S: torch.Tensor,
-        repetition_S: torch.Tensor,
-        presence_S: torch.Tensor,
-        frequency_S: torch.Tensor,
-    ) -> None:
+    def add(self, rows_X: torch.Tensor, token_ids_X: torch.Tensor, strengths: Strengths) -> None:
         """Takes one more token of each row; the rows differ."""
-        at = rows_S, token_ids_S
-        self._divisor_NV[at] = repetition_S
-        self._loss_NV[at] += frequency_S + presence_S * ~self._is_generated_NV[at]
+        at = rows_X, token_ids_X
+        self._divisor_NV[at] = strengths.repetition_X
+        self._loss_NV[at] += strengths.frequency_X + strengths.presence_X * ~self._is_generated_NV[at]
         self._is_generated_NV[at] = True
 
-    def apply(self, logits_SV: torch.Tensor, rows_S: torch.Tensor) -> torch.Tensor:
-        """Logits after the penalties; only repetition looks at the prompt besides the completion."""
-        divisor_SV = self._divisor_NV.index_select(0, rows_S)
-        penalised_SV = logits_SV.clamp(min=0).div_(divisor_SV)
-        penalised_SV += divisor_SV.mul_(logits_SV.clamp(max=0))
-        return penalised_SV.sub_(self._loss_NV.index_select(0, rows_S))
+    def apply(self, logits_SV: torch.Tensor, positions_X: torch.Tensor, rows_X: torch.Tensor) -> None:
+        """In place, the logits at these positions; only repetition looks at the prompt too."""
+        penalise(logits_SV, positions_X, rows_X, self._divisor_NV, self._loss_NV)
 
     def _to(self, array: NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(array.astype(np.float32)).to(self._device)

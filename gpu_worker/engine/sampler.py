@@ -15,29 +15,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cuda_kernels.sampling import Wishes, draw
 from gpu_worker.engine.forbidden import ForbiddenTokens
 from gpu_worker.engine.grammars import Grammars
 from gpu_worker.engine.logprobs import LogprobReader
-from gpu_worker.engine.penalties import Penalties
-from gpu_worker.engine.sampling_ops import draw_filtered, draw_plain, uniforms
+from gpu_worker.engine.penalties import Penalties, Strengths
 from gpu_worker.engine.sequence import PositionLogprobs, Sequence
 from gpu_worker.engine.sequence_table import Rows, SequenceTable
 from gpu_worker.engine.structure import TokenMasks
+from gpu_worker.engine.uniforms import uniforms
 from gpu_worker.sampling_params import SamplingParams
 
-_COLUMNS = {
-    "temperature": np.float32,
-    "top_k": np.int64,
-    "top_p": np.float64,
-    "min_p": np.float64,
-    "repetition_penalty": np.float32,
-    "presence_penalty": np.float32,
-    "frequency_penalty": np.float32,
-}
-
-_FILTER_COLUMNS = ("temperature", "top_k", "top_p", "min_p")
-_PENALTY_COLUMNS = ("repetition_penalty", "presence_penalty", "frequency_penalty")
-
+_DRAW_COLUMNS = {"temperature": np.float32, "top_k": np.int32, "top_p": np.float32, "min_p": np.float32}
+_PENALTY_COLUMNS = dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty"), np.float32)
 
 _NOTHING_FINITE = (
     "the model gave no finite probability to any allowed token (NaN, or everything was forbidden)"
@@ -85,15 +75,15 @@ class _Plan:
     """Positions in S by what is done to them, and their parameters, on the device."""
 
     rows: Rows
-    plain: torch.Tensor
-    filtered: torch.Tensor
     penalised: torch.Tensor
     biased: tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # position, token id, value
     forbidden: ForbiddenTokens
     structured: Rows
     with_logprobs: Rows
-    columns: dict[str, torch.Tensor]  # [S] each
-    rows_S: torch.Tensor
+    wishes: Wishes
+    strengths: Strengths
+    rows_X: torch.Tensor  # of the penalised
+    no_uniforms: torch.Tensor | None  # [S], where nobody needs a random number
 
 
 class Sampler:
@@ -111,10 +101,10 @@ class Sampler:
         self._vocab_size = vocab_size
         self._device = device
         self._params: list[SamplingParams] = [SamplingParams()] * max_num_seqs
-        self._columns = {name: np.zeros(max_num_seqs, dtype) for name, dtype in _COLUMNS.items()}
+        columns = _DRAW_COLUMNS | _PENALTY_COLUMNS
+        self._columns = {name: np.zeros(max_num_seqs, dtype) for name, dtype in columns.items()}
         self._seeds = np.zeros(max_num_seqs, np.uint64)
         self._is_random = np.zeros(max_num_seqs, np.bool_)
-        self._is_filtered = np.zeros(max_num_seqs, np.bool_)
         self._is_penalised = np.zeros(max_num_seqs, np.bool_)
         self._is_biased = np.zeros(max_num_seqs, np.bool_)
         self._is_structured = np.zeros(max_num_seqs, np.bool_)
@@ -133,7 +123,8 @@ class Sampler:
             column[row] = getattr(params, name)
         self._seeds[row] = sequence.seed
         self._is_random[row] = not params.is_greedy
-        self._is_filtered[row] = not params.is_greedy and params.is_filtered
+        if params.is_greedy:
+            self._columns["temperature"][row] = 0.0
         self._is_penalised[row] = params.is_penalised
         self._is_biased[row] = bool(params.logit_bias)
         self._is_structured[row] = sequence.constraint is not None
@@ -159,9 +150,9 @@ class Sampler:
         if len(plan.with_logprobs):
             logprobs = LogprobReader(logits_SV, plan.with_logprobs, self._num_logprobs[rows])
         self._edit(logits_SV, plan)
-        peaks_S, token_ids_S = logits_SV.max(dim=-1)
-        self._draw(logits_SV, token_ids_S, plan)
-        self._count(token_ids_S, plan)
+        token_ids_S, peaks_S = draw(logits_SV, plan.wishes, self._uniforms(plan))
+        if len(plan.penalised):
+            self._penalties.add(plan.rows_X, token_ids_S[plan.penalised], plan.strengths)
         # On their way to the host now, ahead of what the device is given next.
         host = [x.to("cpu", non_blocking=True) for x in (token_ids_S, peaks_S)]
         is_done = torch.cuda.Event() if logits_SV.is_cuda else None
@@ -187,8 +178,7 @@ class Sampler:
         if len(positions):
             logits_SV[positions, token_ids] += values
         if len(plan.penalised):
-            at = plan.penalised
-            logits_SV.index_copy_(0, at, self._penalties.apply(_pick(logits_SV, at), plan.rows_S[at]))
+            self._penalties.apply(logits_SV, plan.penalised, plan.rows_X)
         plan.forbidden.apply(logits_SV)
         self._masks.apply(logits_SV)
 
@@ -199,29 +189,11 @@ class Sampler:
             if constraint.error is not None:
                 errors.setdefault(position, f"structured_output cannot be followed: {constraint.error}")
 
-    def _draw(self, logits_SV: torch.Tensor, token_ids_S: torch.Tensor, plan: _Plan) -> None:
-        """Replaces the likeliest token by a drawn one in the rows that are not greedy."""
-        if not len(plan.plain) and not len(plan.filtered):
-            return
-        uniform_S = self._to(uniforms(self._seeds[plan.rows], self._num_completion_tokens(plan.rows)))
-        columns = plan.columns
-        if len(plan.plain):
-            at = plan.plain
-            token_ids_S[at] = draw_plain(_pick(logits_SV, at), columns["temperature"][at], uniform_S[at])
-        if len(plan.filtered):
-            at = plan.filtered
-            temperature, top_k, top_p, min_p = (columns[name][at] for name in _FILTER_COLUMNS)
-            logits = _pick(logits_SV, at)
-            token_ids_S[at] = draw_filtered(logits, temperature, top_k, top_p, min_p, uniform_S[at])
-
-    def _count(self, token_ids_S: torch.Tensor, plan: _Plan) -> None:
-        if len(plan.penalised):
-            at = plan.penalised
-            strengths = (plan.columns[name][at] for name in _PENALTY_COLUMNS)
-            self._penalties.add(plan.rows_S[at], token_ids_S[at], *strengths)
-
-    def _num_completion_tokens(self, rows: Rows) -> Rows:
-        return self._table.num_tokens[rows] - self._table.num_prompt_tokens[rows]
+    def _uniforms(self, plan: _Plan) -> torch.Tensor:
+        if plan.no_uniforms is not None:
+            return plan.no_uniforms
+        table, rows = self._table, plan.rows
+        return self._to(uniforms(self._seeds[rows], table.num_tokens[rows] - table.num_prompt_tokens[rows]))
 
     def _plan(self, rows: Rows) -> _Plan:
         if self._cached_plan is None or not np.array_equal(self._cached_plan.rows, rows):
@@ -229,19 +201,22 @@ class Sampler:
         return self._cached_plan
 
     def _make_plan(self, rows: Rows) -> _Plan:
-        filtered = self._is_filtered[rows]
         params = [self._params[row] for row in rows.tolist()]
+        penalised = np.flatnonzero(self._is_penalised[rows])
+        no_uniforms = None if self._is_random[rows].any() else self._to(np.zeros(len(rows)))
         return _Plan(
             rows=rows,
-            plain=self._where(self._is_random[rows] & ~filtered),
-            filtered=self._where(filtered),
-            penalised=self._where(self._is_penalised[rows]),
+            penalised=self._to(penalised),
             biased=self._biases(rows),
             forbidden=ForbiddenTokens.of(self._table, rows, params, self._vocab_size, self._device),
             structured=np.flatnonzero(self._is_structured[rows]),
             with_logprobs=np.flatnonzero(self._num_logprobs[rows] >= 0),
-            columns={name: self._to(column[rows]) for name, column in self._columns.items()},
-            rows_S=self._to(rows),
+            wishes=Wishes(*(self._to(self._columns[name][rows]) for name in _DRAW_COLUMNS)),
+            strengths=Strengths(
+                *(self._to(self._columns[name][rows[penalised]]) for name in _PENALTY_COLUMNS)
+            ),
+            rows_X=self._to(rows[penalised]),
+            no_uniforms=no_uniforms,
         )
 
     def _biases(self, rows: Rows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -257,13 +232,5 @@ class Sampler:
             self._to(np.array(values, np.float32)),
         )
 
-    def _where(self, mask: NDArray[np.bool_]) -> torch.Tensor:
-        return self._to(np.flatnonzero(mask))
-
     def _to(self, array: NDArray[np.generic]) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
-
-
-def _pick(logits_SV: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    """Rows of the logits; all of them without a copy."""
-    return logits_SV if len(at) == len(logits_SV) else logits_SV[at]

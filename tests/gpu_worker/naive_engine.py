@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gpu_worker.engine.sampling_ops import uniforms
+from gpu_worker.engine.uniforms import uniforms
 from gpu_worker.sampling_params import SamplingParams
 from tests.fakes_model import EOS, VOCAB_SIZE, context_logits
 
@@ -68,11 +68,11 @@ def _choose(logits: np.ndarray, params: SamplingParams, index: int, position: in
         return int(logits.argmax())
     probs = np.exp((logits - logits.max()) / params.temperature)
     probs /= probs.sum()
-    order = np.argsort(-probs) if params.is_filtered else np.arange(len(probs))
+    order = np.argsort(-probs)
     kept = order[: params.top_k or None]
     mass = np.cumsum(probs[kept]) / probs[kept].sum()
     kept = kept[: int(np.searchsorted(mass, params.top_p)) + 1] if params.top_p < 1 else kept
-    kept = kept[probs[kept] >= params.min_p * probs.max()]
+    kept = np.sort(kept[probs[kept] >= params.min_p * probs.max()])
     seed = np.array([(params.seed + index) % 2**64], np.uint64)
     uniform = float(uniforms(seed, np.array([position]))[0])
     mass = np.cumsum(probs[kept])

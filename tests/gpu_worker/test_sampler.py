@@ -1,88 +1,17 @@
-"""Sampler: the right distribution, from a row's own logits, parameters and seed alone."""
+"""Sampler: what a request wishes is done to its row and no other (test_sampling.py has the draw itself)."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from gpu_worker.engine.penalties import Penalties
+from gpu_worker.engine.penalties import Penalties, Strengths
 from gpu_worker.engine.sampler import Sampler
-from gpu_worker.engine.sampling_ops import WINDOWS, draw_filtered, draw_plain, uniforms
 from gpu_worker.engine.sequence import Request, Sequence
 from gpu_worker.engine.sequence_table import SequenceTable
+from gpu_worker.engine.uniforms import uniforms
 from gpu_worker.sampling_params import SamplingParams
-
-GRID = 4096
-
-
-def reference(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> np.ndarray:
-    """Probabilities after temperature, top_k, top_p and min_p, the slow and plain way."""
-    probs = np.exp((logits - logits.max()) / temperature)
-    probs /= probs.sum()
-    order = np.argsort(-probs, kind="stable")
-    kept = order[: top_k or len(order)]
-    mass = np.cumsum(probs[kept]) / probs[kept].sum()
-    kept = kept[: int(np.searchsorted(mass, top_p)) + 1]
-    kept = kept[probs[kept] >= min_p * probs.max()]
-    result = np.zeros_like(probs)
-    result[kept] = probs[kept] / probs[kept].sum()
-    return result
-
-
-def frequencies(draw, vocab_size: int) -> np.ndarray:
-    """How often each token is drawn by evenly spaced uniform numbers: its probability, to 1 / GRID."""
-    token_ids = draw((torch.arange(GRID, dtype=torch.float64) + 0.5) / GRID)
-    return np.bincount(token_ids.numpy(), minlength=vocab_size) / GRID
-
-
-@settings(max_examples=80, deadline=None)
-@given(
-    seed=st.integers(0, 2**32 - 1),
-    vocab_size=st.sampled_from([1, 2, 17, 300]),
-    temperature=st.floats(0.1, 2.0),
-    top_k=st.sampled_from([0, 1, 2, 10, 299, 1000]),
-    top_p=st.floats(0.01, 1.0),
-    min_p=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
-)
-def test_the_drawn_distribution(seed, vocab_size, temperature, top_k, top_p, min_p):
-    logits = np.random.default_rng(seed).normal(size=vocab_size) * 2
-    rows = torch.tensor(logits).expand(GRID, -1)
-
-    def draw(uniform):
-        columns = (torch.full((GRID,), value) for value in (temperature, top_k, top_p, min_p))
-        return draw_filtered(rows, *columns, uniform)
-
-    expected = reference(logits, temperature, top_k, top_p, min_p)
-    assert np.abs(frequencies(draw, vocab_size) - expected).max() <= 2 / GRID
-    if (top_k, top_p, min_p) == (0, 1.0, 0.0):
-        plain = frequencies(lambda u: draw_plain(rows, torch.full((GRID,), temperature), u), vocab_size)
-        assert np.abs(plain - expected).max() <= 2 / GRID
-
-
-@pytest.mark.parametrize(
-    ("top_k", "top_p", "min_p"),
-    [
-        (0, 0.9, 0.0),
-        (WINDOWS[0], 1.0, 0.0),
-        (WINDOWS[0] + 1, 1.0, 0.0),
-        (WINDOWS[-1] + 100, 0.9, 0.0),
-        (0, 1.0, 0.9),
-        (WINDOWS[-1] + 1, 1.0, 0.0),
-    ],
-)
-def test_what_is_wider_than_the_window_is_exact_too(top_k, top_p, min_p):
-    logits = np.random.default_rng(0).normal(size=1000) * 0.01
-    count = 64
-    uniform = (torch.arange(count, dtype=torch.float64) + 0.5) / count
-    columns = [torch.full((count,), value) for value in (1.0, top_k, top_p, min_p)]
-    drawn = draw_filtered(torch.tensor(logits).expand(count, -1), *columns, uniform)
-    expected = reference(logits, 1.0, top_k, top_p, min_p)
-    order = np.argsort(-logits)
-    mass = np.cumsum(expected[order])
-    assert drawn.tolist() == order[np.searchsorted(mass, uniform.numpy(), side="right")].tolist()
 
 
 def test_uniform_numbers_are_uniform_and_depend_on_seed_and_position():
@@ -144,11 +73,11 @@ def test_penalties_follow_their_formulas():
     sequence = Sequence(request, 0, (0.0, 0, 0), 0, 9, (), np.array([1, 2, 2], np.int32))
     penalties.set_row(0, sequence)  # prompt 1 2, completion 2, then 3 3
     for _ in range(2):
-        penalties.add(row, torch.tensor([3]), *(torch.tensor([one]) for one in strengths.values()))
+        penalties.add(row, torch.tensor([3]), Strengths(*(torch.tensor([one]) for one in strengths.values())))
     logits = torch.tensor([[1.0, -1.0, 2.0, 4.0, 5.0, 0, 0, 0]])
-    penalised = penalties.apply(logits, row)
+    penalties.apply(logits, torch.tensor([0]), row)
     expected = [1.0, -2.0, 1.0 - 0.5 - 0.25, 2.0 - 1.0 - 0.25, 5.0, 0, 0, 0]
-    assert penalised[0].tolist() == expected
+    assert logits[0].tolist() == expected
 
 
 def test_no_stop_before_min_tokens():
