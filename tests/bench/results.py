@@ -29,12 +29,16 @@ def origin() -> dict[str, Any]:
     """Where, when and by which command figures are made."""
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     name = f"-m {spec.name}" if spec else sys.argv[0]
+    words = sys.argv[1:]
+    if "--output" in words:  # where the figures went says nothing of how they were made
+        where = words.index("--output")
+        words = words[:where] + words[where + 2 :]
     return {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "driver": _driver() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": " ".join(["python", name, *sys.argv[1:]]),
+        "command": " ".join(["python", name, *words]),
     }
 
 
