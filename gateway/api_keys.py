@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import hmac
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from gateway.quotas import current_client
-from protos.rpc.errors import UnauthenticatedError
+from protos.rpc.errors import StartupError, UnauthenticatedError
+from protos.rpc.renewal import Renewed
 
 
 class ApiKeys:
@@ -16,19 +18,16 @@ class ApiKeys:
 
     def __init__(self, keys: Iterable[str] = (), path: Path | None = None) -> None:
         self._fixed = frozenset(map(digest, keys))
-        self._path = path
-        self._version: tuple[int, int] | None = None
-        self._from_file: frozenset[bytes] = frozenset()
+        self._file = None if path is None else Renewed([path], partial(read_keys, path))
 
     def check(self, authorization: str | None) -> None:
         """Makes the key's owner the current client.
 
         Raises UnauthenticatedError unless `authorization` is "Bearer KEY" with a known key.
         """
-        self._reload()
-        known = self._fixed | self._from_file
-        if not known and self._path is None:
+        if self._file is None and not self._fixed:
             return
+        known = self._fixed if self._file is None else self._fixed | self._file.current()
         scheme, _, key = (authorization or "").partition(" ")
         offered = digest(key.strip())
         matches = [hmac.compare_digest(offered, one) for one in known]
@@ -37,20 +36,14 @@ class ApiKeys:
             raise UnauthenticatedError(f"{what} Send it as 'Authorization: Bearer KEY'.")
         current_client.set(offered.hex())
 
-    def _reload(self) -> None:
-        """A file that cannot be read keeps the keys that it had."""
-        if self._path is None:
-            return
-        try:
-            stat = self._path.stat()
-            if (stat.st_mtime_ns, stat.st_size) != self._version:
-                lines = self._path.read_text().splitlines()
-                self._from_file = frozenset(
-                    digest(line.strip()) for line in lines if line.strip() and not line.startswith("#")
-                )
-                self._version = stat.st_mtime_ns, stat.st_size
-        except OSError:
-            return
+
+def read_keys(path: Path) -> frozenset[bytes]:
+    """The digests of a file's keys. StartupError if it cannot be read."""
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise StartupError(f"--api-key-file: cannot read {path}: {error}") from error
+    return frozenset(digest(line.strip()) for line in lines if line.strip() and not line.startswith("#"))
 
 
 def digest(key: str) -> bytes:

@@ -8,6 +8,7 @@ session.push ─┘                 └─► sink.on_piece
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 from collections import deque
 from collections.abc import Iterable, Sequence
@@ -16,7 +17,14 @@ from typing import Protocol
 
 import grpc
 
-from protos.rpc.errors import InvalidArgumentError, ServiceError, UnavailableError, from_rpc_error
+from gateway.deadline import StallWatch
+from protos.rpc.errors import (
+    DeadlineError,
+    InvalidArgumentError,
+    ServiceError,
+    UnavailableError,
+    from_rpc_error,
+)
 from protos.wint2.tokenizer.v1 import tokenizer_pb2 as pb
 from protos.wint2.tokenizer.v1 import tokenizer_pb2_grpc
 
@@ -63,7 +71,8 @@ class DetokenizeStream:
         self._stub = stub
         self._session_ids = itertools.count(1)
         self._outbox: deque[_Message] = deque()
-        self._has_work = asyncio.Event()
+        self._unanswered: _Message | None = None
+        self._can_send = asyncio.Event()
         self._pump: asyncio.Task[None] | None = None
         self.generation = 0
 
@@ -81,7 +90,7 @@ class DetokenizeStream:
         """The session's part of the next message."""
         if not self._outbox or len(self._outbox[-1].sessions) == MAX_CHUNKS:
             self._outbox.append(_Message())
-        self._has_work.set()
+        self._can_send.set()
         if self._pump is None or self._pump.done():
             self._pump = asyncio.create_task(self._run())
         return self._outbox[-1].add(session)
@@ -93,43 +102,49 @@ class DetokenizeStream:
 
     async def _run(self) -> None:
         call = self._stub.Detokenize()
-        unanswered: list[_Message] = []
         error: ServiceError | None = None
-        try:
-            while True:
-                await self._has_work.wait()
-                unanswered = [self._outbox.popleft()]
-                if not self._outbox:
-                    self._has_work.clear()
-                await self._exchange(call, unanswered[0])
-                unanswered = []
-        except grpc.aio.AioRpcError as failure:
-            if failure.code() is not grpc.StatusCode.UNAVAILABLE:
-                error = from_rpc_error(failure)
-        except (asyncio.InvalidStateError, TimeoutError):
-            pass
-        finally:
-            call.cancel()
-            self._fail([*unanswered, *self._outbox], error)
+        with contextlib.ExitStack() as stack:
+            stack.callback(lambda: self._fail(error))
+            stack.callback(call.cancel)
+            try:
+                with StallWatch(EXCHANGE_SECONDS) as watch:
+                    stack.callback(asyncio.create_task(self._write(call, watch)).cancel)
+                    while True:
+                        self._answer(await call.read(), watch)
+            except grpc.aio.AioRpcError as failure:
+                if failure.code() is not grpc.StatusCode.UNAVAILABLE:
+                    error = from_rpc_error(failure)
+            except (asyncio.InvalidStateError, DeadlineError):
+                pass
 
-    async def _exchange(self, call: Call, message: _Message) -> None:
-        for session in message.sessions:
-            session.on_sent()
-        async with asyncio.timeout(EXCHANGE_SECONDS):
-            await call.write(message.request)
-            response = await call.read()
-        if not isinstance(response, pb.DetokenizeResponse):
+    async def _write(self, call: Call, watch: StallWatch) -> None:
+        """Ends with the stream, whose reader knows why."""
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            while True:
+                while self._unanswered is not None or not self._outbox:
+                    self._can_send.clear()
+                    await self._can_send.wait()
+                self._unanswered = message = self._outbox.popleft()
+                for session in message.sessions:
+                    session.on_sent()
+                watch.since = asyncio.get_running_loop().time()
+                await call.write(message.request)
+
+    def _answer(self, response: object, watch: StallWatch) -> None:
+        if not isinstance(response, pb.DetokenizeResponse) or self._unanswered is None:
             raise asyncio.InvalidStateError("the stream ended")
-        for session, piece in zip(message.sessions, response.pieces, strict=True):
+        sessions, self._unanswered, watch.since = self._unanswered.sessions, None, None
+        self._can_send.set()
+        for session, piece in zip(sessions, response.pieces, strict=True):
             session.on_piece(piece)
 
-    def _fail(self, messages: Iterable[_Message], error: ServiceError | None) -> None:
+    def _fail(self, error: ServiceError | None) -> None:
         """Every session that waits for an answer gets an error of its own unless there is one for all."""
         self.generation += 1
-        waiting = dict.fromkeys(session for message in messages for session in message.sessions)
+        messages = [*filter(None, [self._unanswered]), *self._outbox]
+        self._unanswered = None
         self._outbox.clear()
-        self._has_work.clear()
-        for session in waiting:
+        for session in dict.fromkeys(session for message in messages for session in message.sessions):
             session.on_lost(error or tokenizer_lost())
 
 

@@ -8,6 +8,7 @@ import logging
 import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Self
 
@@ -15,6 +16,8 @@ import uvicorn
 from starlette.types import ASGIApp
 
 from protos.rpc.errors import StartupError
+from protos.rpc.renewal import Renewed
+from protos.rpc.security import check_pair
 
 logger = logging.getLogger(__name__)
 
@@ -91,14 +94,19 @@ def bind(host: str, port: int, *, is_shared: bool = False, is_listening: bool = 
 
 
 def read_http_tls(certificate: Path | None, key: Path | None) -> ssl.SSLContext | None:
-    """The server's side of TLS. StartupError if a file is missing or of no use."""
+    """The server's side of TLS; each handshake is made with the latest files.
+
+    StartupError if a file is missing or of no use.
+    """
     if (certificate is None) != (key is None):
         raise StartupError("--http-tls-cert and --http-tls-key go together: one of them is missing")
-    if certificate is None:
+    if certificate is None or key is None:
         return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    try:
-        context.load_cert_chain(certificate, key)
-    except OSError as error:
-        raise StartupError(f"--http-tls-cert {certificate} and --http-tls-key {key}: {error}") from error
+    contexts = Renewed([certificate, key], partial(check_pair, certificate, key, "--http-tls"))
+
+    def on_hello(connection: ssl.SSLObject, _name: str | None, _context: ssl.SSLContext) -> None:
+        connection.context = contexts.current()
+
+    context = contexts.current()
+    context.sni_callback = on_hello
     return context
