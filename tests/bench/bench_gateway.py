@@ -1,6 +1,6 @@
 """What the gateway costs: an engine that echoes ids at a steady pace, many clients, all on this machine.
 
-python -m tests.bench.bench_gateway [--streams 512] [--seconds 10] [--pin 0,1] [--smg .peer/bin/smg]
+python -m tests.bench.bench_gateway [--streams 1024] [--seconds 10] [--pin 0,1] [--smg .peer/bin/smg]
 
 Latency: a token's time at the client minus its time at the engine, over 64 streams at 50 tokens a second; all
 tokens of a step at once, as an engine makes them, and each stream at its own time, as many engines do.
@@ -202,7 +202,7 @@ def prompt_text(model: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--streams", type=int, default=512)
+    parser.add_argument("--streams", type=int, default=1024)
     parser.add_argument("--seconds", type=float, default=10.0)
     parser.add_argument("--smg", help="smg's command, for scale")
     parser.add_argument("--pin", metavar="CORES", help="cores for the gateway alone, such as 0,1")
