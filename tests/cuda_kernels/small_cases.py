@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from cuda_kernels import attention_kernels, kv_store, norm, rope, routing, tiled_linear
+from cuda_kernels import attention_kernels, kv_store, norm, rope, routing, sampling, tiled_linear
 from cuda_kernels.build import Variant
 from cuda_kernels.launch import Argument, Device, Grid
 from cuda_kernels.moe_wint2 import launch_moe_wint2, moe_wint2
@@ -186,7 +186,8 @@ def attention_case(
 
 def small_op_cases() -> list[Case]:
     stores = [store_case(dtype) for dtype in (torch.bfloat16, torch.int8, torch.float8_e4m3fn)]
-    return [norm_case(3, 576), norm_case(1, 8200), rope_case(), *stores, route_case(), router_case()]
+    found = [norm_case(3, 576), norm_case(1, 8200), rope_case(), *stores, route_case(), router_case()]
+    return [*found, draw_case(300), draw_case(9000), penalise_case()]
 
 
 def norm_case(num_tokens: int, width: int) -> Case:
@@ -255,3 +256,39 @@ def router_case() -> Case:
         return routing.launch_router(device, *inputs, 3, 1e-12)[1]
 
     return Case("router", launch, lambda: routing.route(x.float() @ weight_ED.T, bias, 3, 1e-12)[1])
+
+
+def draw_case(width: int) -> Case:
+    """The likeliest token, and draws that every kind of cut stands before."""
+    logits = torch.randn(4, width) * 3
+    wishes = sampling.Wishes(
+        torch.tensor([0.0, 1.0, 0.7, 1.3]),
+        torch.tensor([0, 0, 40, 0], dtype=torch.int32),
+        torch.tensor([1.0, 0.8, 0.9, 1.0]),
+        torch.tensor([0.0, 0.0, 0.0, 0.05]),
+    )
+    uniform = torch.tensor([0.1, 0.3, 0.6, 0.9], dtype=torch.float64)
+
+    def launch(device: Device, place: str) -> Tensor:
+        on = sampling.Wishes(*(wish.to(place) for wish in wishes))
+        return sampling.launch_draw(device, logits.to(place), on, uniform.to(place))[0]
+
+    return Case(f"draw of {width}", launch, lambda: sampling.draw_plainly(logits, wishes, uniform)[0])
+
+
+def penalise_case() -> Case:
+    logits, divisor, loss = torch.randn(3, 5000), torch.rand(4, 5000) + 0.5, torch.rand(4, 5000)
+    positions, rows = torch.tensor([2, 0]), torch.tensor([3, 1])
+
+    def launch(device: Device, place: str) -> Tensor:
+        own = logits.clone().to(place)
+        others = (tensor.to(place) for tensor in (positions, rows, divisor, loss))
+        sampling.launch_penalise(device, own, *others)
+        return own
+
+    def wanted() -> Tensor:
+        own = logits.clone()
+        sampling.penalise_plainly(own, positions, rows, divisor, loss)
+        return own
+
+    return Case("penalise", launch, wanted)
