@@ -59,13 +59,15 @@ class Stack:
             stderr=subprocess.STDOUT,
             text=True,
         )
-        self._ready = Event()
+        self._is_ready = False
+        self._ended = Event()  # the start, in one way or the other
         self._lines: list[str] = []
         Thread(target=self._follow, daemon=True).start()
 
     def wait(self) -> list[str]:
         """The lines up to the one that says where to connect; raises RuntimeError if it does not come."""
-        if not self._ready.wait(READY_SECONDS) or self._process.poll() is not None:
+        self._ended.wait(READY_SECONDS)
+        if not self._is_ready:
             self.stop()
             raise RuntimeError("the stack did not start:\n" + "\n".join(self._lines[-40:]))
         return list(self._lines)
@@ -82,8 +84,9 @@ class Stack:
         for line in self._process.stdout:
             self._lines.append(f"{time.perf_counter() - self._start:7.1f} s  {line.rstrip()}")
             if f":{self.port}/health" in line:
-                self._ready.set()
-        self._ready.set()
+                self._is_ready = True
+                self._ended.set()
+        self._ended.set()
 
 
 @contextlib.contextmanager
