@@ -259,11 +259,11 @@ def dequantized(config: dict, weights: dict[str, torch.Tensor]) -> dict[str, tor
         stored = _store(config, name, weight.T if "_proj" in name else weight)
         if name not in stored:
             parts = {key.rpartition(".")[2]: tensor for key, tensor in stored.items()}
-            result |= _split(name, _decode(parts, weight.shape[1]).T.float(), weights)
+            result |= _split(name, decode_stored(parts, weight.shape[1]).T.float(), weights)
     return result
 
 
-def _decode(parts: dict[str, torch.Tensor], num_rows: int) -> torch.Tensor:
+def decode_stored(parts: dict[str, torch.Tensor], num_rows: int) -> torch.Tensor:
     """Level times scales as they are, without the rounding of the products to bfloat16."""
     if "code_scale" in parts:
         levels, local = wint2.unpack(wint2.Wint2Weight(**parts))

@@ -14,10 +14,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpu_worker.model.errors import CheckpointError
-from gpu_worker.model.safetensors_file import HeaderError, SafetensorsFile, StoredTensor, Transfer, keep
+from gpu_worker.model.safetensors_file import (
+    MAX_HEADER_BYTES,
+    HeaderError,
+    SafetensorsFile,
+    StoredTensor,
+    Transfer,
+    keep,
+)
 
 INDEX_NAME = "model.safetensors.index.json"
-_PLAIN_NAME = re.compile(r"[^/\\\0]+\.safetensors")
+_PLAIN_NAME = re.compile(r"[^/\\\0\ud800-\udfff]+\.safetensors")
 Tensors = Mapping[str, StoredTensor]
 
 
@@ -67,6 +74,8 @@ def _open_folder(folder: Path, transfer: Transfer, problems: list[str]) -> Tenso
 
 def _open_file(path: Path, transfer: Transfer, problems: list[str]) -> Iterator[StoredTensor]:
     try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for its writer
+            raise HeaderError([f"{path}: not a file"])
         yield from SafetensorsFile(path, transfer).tensors.values()
     except HeaderError as error:
         problems += error.problems
@@ -86,14 +95,39 @@ def _file_names(folder: Path, problems: list[str]) -> list[str]:
 def _indexed_names(index: Path, problems: list[str]) -> list[str]:
     """The shards that the index lists; a name may not lead out of the folder."""
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(_read_bounded(index))["weight_map"]
         names = set(map(_text, weight_map.values()))
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError):
         problems.append(f'{index}: no valid index, expected {{"weight_map": {{tensor: file}}}}')
         return []
-    outside = sorted(name for name in names if _PLAIN_NAME.fullmatch(name) is None)
-    problems += [f"{index}: file {name[:200]!r} is not a plain name in this folder" for name in outside]
-    return sorted(names.difference(outside))
+    found = {name: _name_problem(index.parent, name) for name in sorted(names)}
+    problems += [f"{index}: file {name[:200]!r} {problem}" for name, problem in found.items() if problem]
+    return [name for name, problem in found.items() if problem is None]
+
+
+def _read_bounded(index: Path) -> bytes:
+    if not index.is_file():
+        raise ValueError("not a file")
+    with index.open("rb") as file:
+        content = file.read(MAX_HEADER_BYTES + 1)
+    if len(content) > MAX_HEADER_BYTES:
+        raise ValueError(f"more than {MAX_HEADER_BYTES} bytes")
+    return content
+
+
+def _name_problem(folder: Path, name: str) -> str | None:
+    """Why an index may not name this file, or None. Links may lead where Hugging Face's cache keeps files:
+
+    models--a--b/snapshots/0123abc/model.safetensors -> ../../blobs/4567def
+    """
+    if _PLAIN_NAME.fullmatch(name) is None:
+        return "is not a plain name in this folder"
+    folder = folder.resolve()
+    home = folder.parent.parent / "blobs" if folder.parent.name == "snapshots" else folder
+    target = (folder / name).resolve()
+    if target.is_relative_to(folder) or target.is_relative_to(home):
+        return None
+    return f"is a link to {target}, outside this folder"
 
 
 def _text(value: object) -> str:

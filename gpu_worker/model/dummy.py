@@ -5,7 +5,6 @@ Names, shapes and formats are those of Paddle's layout; values are random and ma
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,12 +13,11 @@ import torch
 
 from gpu_worker.config import ModelConfig, QuantFormat
 from gpu_worker.model.checkpoint import Checkpoint
-from gpu_worker.model.plan import ModelPlan, plan_with
+from gpu_worker.model.plan import ModelPlan, configured_format, plan_with
 from gpu_worker.model.safetensors_file import StoredTensor
 from gpu_worker.model.stored_weight import Expected, Kind
 from gpu_worker.model.tensor_finder import PADDLE, TensorFinder
 
-_LAYER = re.compile(r"layers\.(\d+)\.")
 _DEVIATION = 0.02  # of the weights
 _WINT2_RMS = 163.0  # of a random level (18.5) times a random local scale (8.8)
 
@@ -60,10 +58,7 @@ class _DummyFinder(TensorFinder):
         return not self._config.tie_word_embeddings
 
     def _format(self, stem: str, kind: Kind, num_outputs: int) -> QuantFormat:
-        quantization = self._config.quantization
-        if kind == "experts" and (layer := _LAYER.search(stem)):
-            return quantization.expert_format(int(layer[1]))
-        return quantization.dense if kind in ("attention", "dense MLP", "shared experts") else "none"
+        return configured_format(self._config, stem, kind)
 
     def _find(
         self, tensors: Mapping[str, StoredTensor], expected: Mapping[str, Expected]

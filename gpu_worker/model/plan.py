@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from gpu_worker.config import ModelConfig
+from gpu_worker.config import ModelConfig, QuantFormat
 from gpu_worker.model.checkpoint import Checkpoint
 from gpu_worker.model.errors import CheckpointError
 from gpu_worker.model.families import FAMILIES
 from gpu_worker.model.stored_weight import Kind, StoredLinear, StoredVector
 from gpu_worker.model.tensor_finder import Layout, TensorFinder, detect_layout
+
+_LAYER = re.compile(r"layers\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +106,31 @@ def plan_with(config: ModelConfig, finder: TensorFinder) -> ModelPlan:
     )
     if finder.problems:
         raise CheckpointError(finder.problems)
-    return plan
+    return replace(plan, notes=(*plan.notes, *_format_notes(config, plan)))
+
+
+def configured_format(config: ModelConfig, name: str, kind: Kind) -> QuantFormat:
+    """How config.json says that a projection is stored."""
+    if kind == "experts" and (layer := _LAYER.search(name)):
+        return config.quantization.expert_format(int(layer[1]))
+    return config.quantization.dense if kind in ("attention", "dense MLP", "shared experts") else "none"
+
+
+def _format_notes(config: ModelConfig, plan: ModelPlan) -> Iterator[str]:
+    """Where the files and config.json differ: the files are believed, yet the preflight believed it."""
+    pairs = Counter(
+        (weight.kind, weight.format, configured_format(config, weight.name, weight.kind))
+        for weight in plan.weights()
+        if isinstance(weight, StoredLinear)
+    )
+    for (kind, found, said), count in pairs.items():
+        if found != said:
+            stored = f"{count} projections are stored as {_spell(found)}"
+            yield f"{kind}: {stored}, config.json says {_spell(said)}"
+
+
+def _spell(form: QuantFormat) -> str:
+    return "full precision" if form == "none" else form
 
 
 def _plan_layer(config: ModelConfig, finder: TensorFinder, index: int) -> LayerPlan:

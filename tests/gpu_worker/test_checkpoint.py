@@ -1,10 +1,14 @@
 """Checkpoints of every layout give the same model; what is wrong with one is said at once, and all of it."""
 
+import contextlib
 import json
 import logging
+import os
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import load_file, save_file
 
@@ -157,6 +161,57 @@ def test_an_index_may_not_lead_out_of_the_folder(tiny):
     for name in ("../secret.safetensors", str(secret), ".."):
         (tiny / INDEX_NAME).write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
         assert "is not a plain name in this folder" in problems(tiny)[0]
+
+
+def test_an_index_may_not_name_a_link_out_of_the_folder(tiny):
+    secret = tiny.parent / "secret.safetensors"
+    (tiny / "model.safetensors").rename(secret)
+    (tiny / "linked.safetensors").symlink_to(secret)
+    (tiny / INDEX_NAME).write_text(json.dumps({"weight_map": {"model.norm.weight": "linked.safetensors"}}))
+    (problem,) = problems(tiny)
+    assert problem.endswith(f"file 'linked.safetensors' is a link to {secret}, outside this folder")
+
+
+def test_hugging_faces_cache_is_made_of_links(tiny, expected):
+    blobs, snapshot = tiny.parent / "blobs", tiny.parent / "snapshots" / "0123abc"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    for number, file in enumerate(tiny.iterdir()):
+        file.rename(blobs / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    names = plan(snapshot).weights()
+    weight_map = dict.fromkeys((weight.name for weight in names), "model.safetensors")
+    (snapshot / INDEX_NAME).write_text(json.dumps({"weight_map": weight_map}))
+    assert torch.equal(logits(load(snapshot)), expected)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_not_waited_for(tiny, make):
+    make(tiny / "other.safetensors")
+    assert problems(tiny) == (f"{tiny / 'other.safetensors'}: not a file",)
+    make(tiny / INDEX_NAME)
+    assert "no valid index" in problems(tiny)[0]
+
+
+names = st.text(max_size=9) | st.sampled_from(["", ".", "..", "a/b", "\0", "\ud800", "é" * 200, "model", "/"])
+indexes = st.fixed_dictionaries(
+    {
+        "weight_map": st.dictionaries(
+            st.text(max_size=9), names.map(lambda name: f"{name}.safetensors") | names
+        )
+    }
+)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(indexes.map(json.dumps) | st.text(max_size=60) | st.binary(max_size=60))
+def test_any_index_opens_the_folders_own_files_or_is_a_problem(tmp_path, index):
+    content = index if isinstance(index, bytes) else index.encode("utf-8", "replace")
+    (tmp_path / INDEX_NAME).write_bytes(content)
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    with contextlib.suppress(CheckpointError):
+        (tensors,) = open_checkpoint(tmp_path).ranks
+        assert set(tensors) <= {"a"}
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', "[" * 100_000])

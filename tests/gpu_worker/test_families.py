@@ -12,6 +12,7 @@ from gpu_worker.model.config_reader import read_model_config
 from gpu_worker.model.errors import ConfigError
 from gpu_worker.model.families import FAMILIES
 from gpu_worker.model.loader import load_model
+from tests import deepseek_reference
 from tests.gpu_worker.naive import NaiveRunner, greedy
 
 COMMON = {
@@ -35,6 +36,7 @@ DOTS = {
     "n_shared_experts": 2,
     "first_k_dense_replace": 1,
 }
+LLAMA = {"rope_theta": 10000.0, "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": False}
 MODELS = {
     "qwen3": ("qwen3_moe", EXPERTS | {"norm_topk_prob": True}),
     "qwen3, dense layers, no normalization": (
@@ -45,6 +47,7 @@ MODELS = {
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "olmoe": ("olmoe", {"num_experts": 8, "num_experts_per_tok": 4}),
     "olmoe, normalized": ("olmoe", {"num_experts": 8, "num_experts_per_tok": 4, "norm_topk_prob": True}),
+    "deepseek": ("deepseek", DOTS),
     "dots1, one group": ("dots1", DOTS | {"n_group": 1, "topk_group": 1, "norm_topk_prob": True}),
     "dots1, two of four groups": (
         "dots1",
@@ -56,12 +59,22 @@ MODELS = {
 def save_random(path, model_type, overrides):
     """A model whose weights all matter: also norms, biases and correction biases are random."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **COMMON | overrides))
-    model.save_pretrained(path)
+    if model_type == "deepseek":
+        deepseek_reference.save(path, COMMON | LLAMA | overrides | {"model_type": model_type})
+    else:
+        config = AutoConfig.for_model(model_type, **COMMON | overrides)
+        AutoModelForCausalLM.from_config(config).save_pretrained(path)
     file = path / "model.safetensors"
     tensors = {name: _randomized(name, tensor) for name, tensor in load_file(file).items()}
     save_file(tensors, file, {"format": "pt"})
     return path
+
+
+def load_reference(path):
+    """transformers' model of a folder, in float32."""
+    if json.loads((path / "config.json").read_text())["model_type"] == "deepseek":
+        return deepseek_reference.load(path)
+    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
 
 
 def _randomized(name, tensor):
@@ -85,7 +98,7 @@ def decoder(path):
 
 @pytest.fixture(scope="module")
 def reference(path):
-    return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    return load_reference(path)
 
 
 PROMPT = random.Random(0).choices(range(3, 120), k=50)

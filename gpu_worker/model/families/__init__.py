@@ -1,5 +1,6 @@
 """The model families that the decoder can be: one declaration each, found by config.json's `model_type`."""
 
+from gpu_worker.model.families.deepseek import DEEPSEEK
 from gpu_worker.model.families.dots1 import DOTS1
 from gpu_worker.model.families.ernie import ERNIE
 from gpu_worker.model.families.mixtral import MIXTRAL
@@ -9,4 +10,6 @@ from gpu_worker.model.families.qwen3_moe import QWEN3_MOE
 
 __all__ = ["FAMILIES"]
 
-FAMILIES = {family.model_type: family for family in (ERNIE, QWEN3_MOE, QWEN2_MOE, MIXTRAL, OLMOE, DOTS1)}
+FAMILIES = {
+    family.model_type: family for family in (ERNIE, QWEN3_MOE, QWEN2_MOE, MIXTRAL, OLMOE, DEEPSEEK, DOTS1)
+}

@@ -21,7 +21,7 @@ def _fields(keys: Keys) -> dict[str, Any]:
         "num_shared_experts": keys.size("n_shared_experts", 0, minimum=0),
         "moe_layer_start_index": keys.size("first_k_dense_replace", 0, minimum=0),
         "moe_layer_end_index": keys.size("num_hidden_layers") - 1,
-        "moe_layer_interval": keys.size("moe_layer_freq", 1),
+        "moe_layer_interval": 1,
         "norm_min": 0.0,
         "qk_norm": "head",
         "grouped_routing": GroupedRouting(
@@ -37,5 +37,11 @@ DOTS1 = Family(
     "dots1",
     _fields,
     names={".mlp.moe_statics.e_score_correction_bias": ".mlp.gate.e_score_correction_bias"},
-    supported={"attention_bias": (False,), "scoring_func": ("sigmoid",), "rope_scaling": (None,)},
+    supported={
+        "attention_bias": (False,),
+        "moe_layer_freq": (1,),
+        "scoring_func": ("sigmoid",),
+        "topk_method": ("noaux_tc",),
+        "rope_scaling": (None,),
+    },
 )
