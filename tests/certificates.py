@@ -18,12 +18,26 @@ class Certificates:
     certificate: Path
     key: Path
 
+    def found(self) -> None:
+        """A new authority."""
+        subject = ["-subj", "/CN=test authority"]
+        openssl(*NEW, "-keyout", self._authority_key, "-out", self.authority, *subject)
+
+    def sign(self) -> None:
+        """A new certificate and key."""
+        by = ["-CA", self.authority, "-CAkey", self._authority_key]
+        openssl(*NEW, *SUBJECT, "-keyout", self.key, "-out", self.certificate, *by)
+
+    @property
+    def _authority_key(self) -> Path:
+        return self.authority.with_suffix(".key")
+
 
 def make_certificates(folder: Path) -> Certificates:
-    ca, ca_key, cert, key = (folder / name for name in ("ca.pem", "ca.key", "cert.pem", "cert.key"))
-    openssl(*NEW, "-keyout", ca_key, "-out", ca, "-subj", "/CN=test authority")
-    openssl(*NEW, *SUBJECT, "-keyout", key, "-out", cert, "-CA", ca, "-CAkey", ca_key)
-    return Certificates(ca, cert, key)
+    made = Certificates(*(folder / name for name in ("ca.pem", "cert.pem", "cert.key")))
+    made.found()
+    made.sign()
+    return made
 
 
 def openssl(*arguments: str | Path) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
+from typing import Any, Self
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -41,11 +42,76 @@ def open_channel(address: str, security: Security = PLAINTEXT) -> grpc.aio.Chann
 
     With TLS, a certificate must be for the host, and behind a unix socket for "localhost".
     """
+    return _open(address, security) if security.files is None else RenewingChannel(address, security)
+
+
+def _open(address: str, security: Security) -> grpc.aio.Channel:
     credentials = security.channel_credentials
     if credentials is None:
         return grpc.aio.insecure_channel(address, options=OPTIONS)
     options = (*OPTIONS, *UNIX_TLS_OPTIONS) if is_unix(address) else OPTIONS
     return grpc.aio.secure_channel(address, credentials, options=options)
+
+
+class RenewingChannel(grpc.aio.Channel):
+    """A channel whose new calls are made with the latest certificates; those that run stay where they are."""
+
+    def __init__(self, address: str, security: Security) -> None:
+        self._address = address
+        self._security = security
+        self._used = security.latest
+        self._channels = [_open(address, self._used)]
+
+    @property
+    def current(self) -> grpc.aio.Channel:
+        latest = self._security.latest
+        if latest is not self._used:
+            self._used = latest
+            self._channels.append(_open(self._address, latest))
+        return self._channels[-1]
+
+    async def close(self, grace: float | None = None) -> None:
+        for channel in self._channels:
+            await channel.close(grace)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    def get_state(self, try_to_connect: bool = False) -> grpc.ChannelConnectivity:
+        return self.current.get_state(try_to_connect)
+
+    async def wait_for_state_change(self, last_observed_state: grpc.ChannelConnectivity) -> None:
+        await self.current.wait_for_state_change(last_observed_state)
+
+    async def channel_ready(self) -> None:
+        await self.current.channel_ready()
+
+    def unary_unary(self, *args: Any, **kwargs: Any) -> Any:
+        return self._method("unary_unary", args, kwargs)
+
+    def unary_stream(self, *args: Any, **kwargs: Any) -> Any:
+        return self._method("unary_stream", args, kwargs)
+
+    def stream_unary(self, *args: Any, **kwargs: Any) -> Any:
+        return self._method("stream_unary", args, kwargs)
+
+    def stream_stream(self, *args: Any, **kwargs: Any) -> Any:
+        return self._method("stream_stream", args, kwargs)
+
+    def _method(self, kind: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[..., Any]:
+        """A stub's method, which finds its channel at each call."""
+        made: dict[grpc.aio.Channel, Callable[..., Any]] = {}
+
+        def call(*call_args: Any, **call_kwargs: Any) -> Any:
+            channel = self.current
+            if channel not in made:
+                made[channel] = getattr(channel, kind)(*args, **kwargs)
+            return made[channel](*call_args, **call_kwargs)
+
+        return call
 
 
 async def watch_health(channel: grpc.aio.Channel, service: str = "") -> AsyncGenerator[bool]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ssl
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -20,7 +22,7 @@ from protos.rpc.security import Security
 from protos.wint2.gateway.v1 import gateway_pb2, gateway_pb2_grpc
 from tests.certificates import Certificates, make_certificates
 from tests.fakes import FakeTokenizer, FakeWorker, serving, tokenizer_service, worker_service
-from tests.gateway.harness import registered, until
+from tests.gateway.harness import registered, stack, until
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,23 @@ async def test_a_request_passes_every_hop(files: Certificates, tmp_path: Path, i
             stub = gateway_pb2_grpc.GatewayServiceStub(channel)
             with pytest.raises(grpc.aio.AioRpcError):
                 await stub.ListModels(gateway_pb2.ListModelsRequest(), timeout=2)
+
+
+async def test_https_takes_up_a_renewed_certificate_and_keeps_the_old_one_for_a_broken_file(
+    tmp_path: Path,
+) -> None:
+    files = make_certificates(tmp_path)
+    https = {"http_tls_cert": files.certificate, "http_tls_key": files.key}
+    async with stack(**https) as made:
+        address = ("127.0.0.1", made.gateway.http_port)
+        shown = partial(asyncio.to_thread, ssl.get_server_certificate, address, timeout=10)
+        before = await shown()
+        files.sign()
+        renewed = await shown()
+        assert renewed != before
+        assert renewed.strip() in files.certificate.read_text()
+        files.key.write_text("no key")
+        assert await shown() == renewed
 
 
 def test_wrong_http_files_are_named(files: Certificates, tmp_path: Path) -> None:
