@@ -5,7 +5,8 @@ import json
 import pytest
 from hypothesis import given, settings
 
-from tests.tokenizer_svc.folders import HARD_STRINGS, texts
+from tests.tokenizer_svc.folders import HARD_STRINGS, sentencepiece_folder, texts
+from tokenizer_svc.tokenizer import load_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -39,6 +40,36 @@ def reference(folders, kind):
         tokenizer.add_tokens([content], special_tokens=is_special)
     assert {content: tokenizer.convert_tokens_to_ids(content) for content in added} == added
     return tokenizer
+
+
+@pytest.fixture(scope="session", params=[False, True], ids=["plain", "space first"])
+def fast(request, tmp_path_factory):
+    """Ours and transformers' fast tokenizer of one sentencepiece model, and whether it puts a space first."""
+    folder = sentencepiece_folder(tmp_path_factory.mktemp("fast") / "it", add_dummy_prefix=request.param)
+    theirs = transformers.LlamaTokenizerFast.from_pretrained(folder, add_prefix_space=request.param)
+    assert theirs.is_fast
+    return load_tokenizer(folder), theirs, request.param
+
+
+def equals_fast(fast, text):
+    """The fast one puts no space before a space, nor after an added token; sentencepiece and the slow do."""
+    ours, theirs, is_space_first = fast
+    ids = ours.encode(text, add_special_tokens=False, parse_special_tokens=True)
+    added = ours._model.added.split(text, parse_special=True)
+    if is_space_first and (text[:1] in (" ", "▁") or any(isinstance(segment, int) for segment in added)):
+        return True
+    return ids == theirs.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize("text", HARD_STRINGS)
+def test_hard_strings_by_the_fast_tokenizer(fast, text):
+    assert equals_fast(fast, text)
+
+
+@given(text=texts)
+@settings(max_examples=300)
+def test_any_string_by_the_fast_tokenizer(fast, text):
+    assert equals_fast(fast, text)
 
 
 @pytest.mark.parametrize("text", HARD_STRINGS)
