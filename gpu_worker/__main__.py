@@ -31,6 +31,7 @@ from gpu_worker.settings import WorkerSettings
 from gpu_worker.structured import load_grammars
 from protos.rpc.errors import FatalError, StartupError
 from protos.rpc.process import Shutdown, run_service
+from protos.rpc.registration import registration
 from protos.rpc.server import GrpcServer, Service
 from protos.rpc.telemetry import configure_logging, start_metrics_server
 from protos.rpc.tracing import configure_tracing
@@ -162,10 +163,8 @@ class Worker:
 
     def registrars(self, address: str) -> list[Coroutine[Any, Any, None]]:
         """One for each scheduler, to be run beside the server."""
-        offer, security = (
-            facts.registration(self._model, self._server, address),
-            self._settings.read_security(),
-        )
+        offer = registration(self._model, self._server, address)
+        security = self._settings.read_security()
         return [
             Registrar(scheduler, offer, self.load, self.health, security).run()
             for scheduler in self._settings.scheduler

@@ -10,7 +10,6 @@ import torch
 from gpu_worker.config import CacheConfig, EngineConfig, ModelConfig
 from gpu_worker.engine.build import BuiltEngine, describe_quantization
 from gpu_worker.settings import WorkerSettings
-from protos.wint2.scheduler.v1 import scheduler_pb2
 from protos.wint2.worker.v1 import worker_pb2
 
 
@@ -55,22 +54,6 @@ def cache_config(cache: CacheConfig) -> dict[str, str]:
         "cache_dtype": str(cache.dtype).removeprefix("torch."),
         "enable_prefix_caching": str(cache.enable_prefix_caching),
     }
-
-
-def registration(
-    model: worker_pb2.GetModelInfoResponse, server: worker_pb2.GetServerInfoResponse, address: str
-) -> scheduler_pb2.WorkerRegistration:
-    return scheduler_pb2.WorkerRegistration(
-        instance_id=server.instance_id,
-        address=address,
-        model=model.served_model_name,
-        max_model_len=model.max_model_len,
-        max_num_seqs=server.max_num_seqs,
-        kv_cache_tokens=server.num_kv_blocks * server.block_size,
-        eos_token_ids=model.eos_token_ids,
-        quantization=model.quantization,
-        device=server.device,
-    )
 
 
 def count_parameters(model: ModelConfig) -> int:

@@ -167,7 +167,9 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
         )
 
     async def GetServerInfo(self, request: Any, context: Any) -> worker_pb2.GetServerInfoResponse:
-        return worker_pb2.GetServerInfoResponse(instance_id="fake", max_num_seqs=8, block_size=64)
+        return worker_pb2.GetServerInfoResponse(
+            instance_id="fake", max_num_seqs=8, block_size=64, device="a fake device"
+        )
 
     async def GetLoad(self, request: Any, context: Any) -> worker_pb2.GetLoadResponse:
         return worker_pb2.GetLoadResponse(num_running=len(self.live), num_kv_blocks=64)

@@ -12,6 +12,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from protos.rpc.channel import open_channel
+from protos.rpc.registration import registration
 from protos.rpc.security import PLAINTEXT, Security
 from protos.wint2.scheduler.v1 import scheduler_pb2 as pb
 from protos.wint2.worker.v1 import worker_pb2, worker_pb2_grpc
@@ -88,17 +89,7 @@ async def introduce(stub: worker_pb2_grpc.WorkerServiceAsyncStub, address: str) 
     """What the worker would have said of itself."""
     model = await stub.GetModelInfo(worker_pb2.GetModelInfoRequest(), timeout=TIMEOUT_SECONDS)
     server = await stub.GetServerInfo(worker_pb2.GetServerInfoRequest(), timeout=TIMEOUT_SECONDS)
-    return pb.WorkerRegistration(
-        instance_id=server.instance_id or address,
-        address=address,
-        model=model.served_model_name,
-        max_model_len=model.max_model_len,
-        max_num_seqs=server.max_num_seqs,
-        kv_cache_tokens=server.num_kv_blocks * server.block_size,
-        eos_token_ids=model.eos_token_ids,
-        quantization=model.quantization,
-        device=server.device,
-    )
+    return registration(model, server, address)
 
 
 async def is_healthy(channel: grpc.aio.Channel) -> bool:

@@ -27,9 +27,11 @@ Behavior = Callable[[Any, Context], Any]
 # Health, reflection and the like answer whatever the state of the service is.
 INFRASTRUCTURE = ("/grpc.health.", "/grpc.reflection.", "/grpc.channelz.")
 DETAILS_KEY = "grpc-status-details-bin"
-DRAINING = UnavailableError(
-    "the server is draining and takes no new requests", reason="DRAINING", retry_after_seconds=1.0
-)
+
+
+def draining() -> ServiceError:
+    message = "the server is draining and takes no new requests"
+    return UnavailableError(message, reason="DRAINING", retry_after_seconds=1.0)
 
 
 class CallsInFlight:
@@ -52,7 +54,7 @@ class CallsInFlight:
     @contextmanager
     def _counted(self) -> Iterator[None]:
         if self.is_closed:
-            raise DRAINING
+            raise draining()
         self.num_calls += 1
         self._empty.clear()
         try:
