@@ -1,9 +1,10 @@
-"""Ops `draw` and `penalise`: a token for each row of logits, and what keeps a text from repeating itself.
+"""Ops `draw`, `penalise`, `forbid`, `find_likeliest`: from rows of logits to tokens.
 
 A draw inverts the cumulative distribution, in the order of the vocabulary, so it takes one uniform number
 and is a function of its row alone.
 
-Shapes: S rows of logits, V vocabulary, X rows that are penalised, N rows of the penalties' tables.
+Shapes: S rows of logits, V vocabulary, W = V / 32 words of a mask, X rows that are edited, N rows of the
+penalties' tables, R rows of K largest values.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from cuda_kernels.build import Variant
 from cuda_kernels.compiled import cpu
 from cuda_kernels.launch import Argument, Device, check, cuda_device
 
-_MAX_THREADS, _PENALTY_THREADS = 1024, 256  # as in csrc/sampling.cu
+_MAX_THREADS, _EDIT_THREADS = 1024, 256  # as in csrc/sampling.cu
 _LOGITS_A_THREAD = 8
 
 
@@ -110,6 +111,31 @@ def penalise_plainly(
     logits_SV.index_copy_(0, positions_X, penalised_XV.sub_(loss_NV[rows_X]))
 
 
+def forbid(logits_SV: torch.Tensor, positions_X: torch.Tensor, masks_XW: torch.Tensor) -> None:
+    """In place, minus infinity at `positions_X` where bit v % 32 of word v // 32 is 0; masks are int32."""
+    if logits_SV.is_cuda:
+        launch_forbid(cuda_device(logits_SV.device.index), logits_SV, positions_X, masks_XW)
+    elif cpu is not None:
+        cpu.forbid(logits_SV, positions_X, masks_XW)
+    else:
+        forbid_plainly(logits_SV, positions_X, masks_XW)
+
+
+def forbid_plainly(logits_SV: torch.Tensor, positions_X: torch.Tensor, masks_XW: torch.Tensor) -> None:
+    """The same in plain torch."""
+    bits_32 = torch.arange(32, dtype=torch.int32)
+    is_allowed_XV = (masks_XW[:, :, None] >> bits_32 & 1).bool().flatten(1)[:, : logits_SV.shape[1]]
+    logits_SV[positions_X] = logits_SV[positions_X].masked_fill(~is_allowed_XV, -torch.inf)
+
+
+def find_likeliest(values_RV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(values [R, K], ids int64 [R, K]) of the `count` largest of each row, in order; float32, contiguous."""
+    if cpu is not None and not values_RV.is_cuda:
+        return cpu.find_likeliest(values_RV, count)
+    values_RK, ids_RK = values_RV.topk(count, dim=-1)
+    return values_RK, ids_RK
+
+
 def launch_draw(
     device: Device, logits_SV: torch.Tensor, wishes: Wishes, uniform_S: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,8 +171,23 @@ def launch_penalise(
         check(name, values, (None, width), (torch.float32,))
     for name, where_X in (("positions_X", positions_X), ("rows_X", rows_X)):
         check(name, where_X, (num_penalised,), (torch.int64,))
-    blocks = -(-width // (_PENALTY_THREADS * _LOGITS_A_THREAD))
+    blocks = -(-width // (_EDIT_THREADS * _LOGITS_A_THREAD))
     arguments: list[Argument] = [logits_SV, positions_X, rows_X, divisor_NV, loss_NV, width, blocks]
     if num_penalised:
         grid = num_penalised, blocks
-        device.launch(Variant("sampling"), "penalise", grid, _PENALTY_THREADS, 0, arguments)
+        device.launch(Variant("sampling"), "penalise", grid, _EDIT_THREADS, 0, arguments)
+
+
+def launch_forbid(
+    device: Device, logits_SV: torch.Tensor, positions_X: torch.Tensor, masks_XW: torch.Tensor
+) -> None:
+    """The same by the kernel."""
+    num_masks, num_words = masks_XW.shape
+    width = logits_SV.shape[1]
+    check("logits_SV", logits_SV, (None, width), (torch.float32,))
+    check("positions_X", positions_X, (num_masks,), (torch.int64,))
+    check("masks_XW", masks_XW, (num_masks, -(-width // 32)), (torch.int32,))
+    blocks = -(-width // (_EDIT_THREADS * _LOGITS_A_THREAD))
+    arguments: list[Argument] = [logits_SV, positions_X, masks_XW, width, num_words, blocks]
+    if num_masks:
+        device.launch(Variant("sampling"), "forbid", (num_masks, blocks), _EDIT_THREADS, 0, arguments)

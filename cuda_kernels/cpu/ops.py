@@ -221,6 +221,22 @@ def penalise(
     compiled_sampling.penalise(logits, *where, divisor_NV.data_ptr(), loss_NV.data_ptr())
 
 
+def find_likeliest(values_RV: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(values [R, K], ids int64 [R, K]), K = `count`."""
+    num_rows, width = values_RV.shape
+    best_RK, ids_RK = torch.empty(num_rows, count), torch.empty((num_rows, count), dtype=torch.int64)
+    values = values_RV.data_ptr(), num_rows, width
+    compiled_sampling.find_likeliest(values, count, best_RK.data_ptr(), ids_RK.data_ptr())
+    return best_RK, ids_RK
+
+
+def forbid(logits_SV: torch.Tensor, positions_X: torch.Tensor, masks_XW: torch.Tensor) -> None:
+    """In place."""
+    logits = logits_SV.data_ptr(), 4 * logits_SV.stride(0), logits_SV.shape[1]
+    num_masks, num_words = masks_XW.shape
+    compiled_sampling.forbid(logits, positions_X.data_ptr(), num_masks, masks_XW.data_ptr(), num_words)
+
+
 def new_step() -> np.ndarray[Any, Any]:
     """One record of a step with what is the same in all steps of all models."""
     step = np.zeros(1, compiled_layers.STEP)

@@ -1,4 +1,4 @@
-"""Compiled drawing of tokens and penalties, a row of logits at a time: the same bits in every batch.
+"""Compiled drawing of tokens and what goes with it, a row at a time: the same bits in every batch.
 
 Arguments are addresses, sizes, and strides in bytes. A row's scratch room is a whole number of vectors:
 
@@ -15,7 +15,7 @@ from numba.core import cgutils
 from numba.np.numpy_support import carray
 
 from cuda_kernels.cpu import vector as v
-from cuda_kernels.cpu.arrays import Floats
+from cuda_kernels.cpu.arrays import Floats, Ints
 from cuda_kernels.cpu.elementwise import copy_row, exp
 from cuda_kernels.cpu.vector import I32, LANES, VI32, Builder, Value, keep, pointer
 
@@ -244,3 +244,44 @@ def penalise(
         for token in range(whole, width):
             x, by = logits_V[token], divisor_V[token]
             logits_V[token] = (x / by if x > 0 else x * by) - loss_V[token]
+
+
+@numba.njit(nogil=True, cache=True)
+def find_likeliest(values: tuple[int, int, int], count: int, best: int, ids: int) -> None:
+    """`values`: address, rows, width; the `count` largest of each row in order, ties by place."""
+    address, num_rows, width = values
+    values_RV = carray(pointer(address), (num_rows, width), np.float32)
+    best_RK = carray(pointer(best), (num_rows, count), np.float32)
+    ids_RK = carray(pointer(ids), (num_rows, count), np.int64)
+    for row in range(num_rows if count else 0):
+        _insert_all(values_RV[row], best_RK[row], ids_RK[row])
+
+
+@numba.njit(nogil=True, cache=True)
+def _insert_all(values: Floats, best: Floats, ids: Ints) -> None:
+    last, known = len(best) - 1, 0
+    for place in range(len(values)):
+        if known > last and not values[place] > best[last]:
+            continue
+        rank = min(known, last)
+        while rank > 0 and values[place] > best[rank - 1]:
+            best[rank], ids[rank] = best[rank - 1], ids[rank - 1]
+            rank -= 1
+        best[rank], ids[rank] = values[place], place
+        known += 1
+
+
+@numba.njit(nogil=True, cache=True)
+def forbid(logits: tuple[int, int, int], positions: int, num: int, masks: int, num_words: int) -> None:
+    """`logits`: address, stride, width; row `positions[i]` by the bits of row i of the masks."""
+    address, stride, width = logits
+    position_X = carray(pointer(positions), (num,), np.int64)
+    masks_XW = carray(pointer(masks), (num, num_words), np.int32)
+    for i in range(num):
+        logits_V = carray(pointer(address + position_X[i] * stride), (width,), np.float32)
+        for word in range(num_words):
+            bits = masks_XW[i, word]
+            if bits != -1:
+                for token in range(32 * word, min(width, 32 * word + 32)):
+                    if not bits >> (token % 32) & 1:
+                        logits_V[token] = -np.inf

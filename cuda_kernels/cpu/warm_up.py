@@ -30,4 +30,6 @@ def compile_kernels() -> float:
     number = rows[0, :1]
     ops.draw(rows, (number, one, number, number), number.double())
     ops.penalise(rows, zero, zero, rows, rows)
+    ops.forbid(rows, zero, one.view(1, 1))
+    ops.find_likeliest(rows, 1)
     return time.perf_counter() - begin

@@ -1,8 +1,8 @@
-// A token for each row of logits, and penalties: see cuda_kernels/sampling.py. One block a row, which it reads again in
+// A token for each row of logits, and edits of them: see cuda_kernels/sampling.py. One block a row, which it reads again in
 // every pass, from the L2 cache, and weighs anew: e^((logit - peak) / temperature), so that the likeliest weighs 1.
 #include "common.cuh"
 
-constexpr int MAX_THREADS = 1024, PENALTY_THREADS = 256;
+constexpr int MAX_THREADS = 1024, EDIT_THREADS = 256;
 constexpr u32 ONE = 0x3F800000;  // as bits; those of floats that are not negative order as the floats do
 constexpr u32 MINUS_INFINITY = 0xFF800000;  // as bits
 
@@ -169,12 +169,22 @@ KERNEL(MAX_THREADS, 1) draw(const float* logits, const float* temperature, const
 }
 
 // In place, row positions[x] of the logits by row rows[x] of the tables.
-KERNEL(PENALTY_THREADS, 1) penalise(float* logits, const long* positions, const long* rows, const float* divisors,
+KERNEL(EDIT_THREADS, 1) penalise(float* logits, const long* positions, const long* rows, const float* divisors,
                                     const float* losses, int width, int num_blocks) {
     float* row = logits + positions[blockIdx.x] * width;
     long at = rows[blockIdx.x] * width;
-    for (int i = blockIdx.y * PENALTY_THREADS + threadIdx.x; i < width; i += num_blocks * PENALTY_THREADS) {
+    for (int i = blockIdx.y * EDIT_THREADS + threadIdx.x; i < width; i += num_blocks * EDIT_THREADS) {
         float x = row[i], by = divisors[at + i];
         row[i] = (x > 0 ? x / by : x * by) - losses[at + i];
+    }
+}
+
+// In place, row positions[x] of the logits where the bits of row x of the masks are 0.
+KERNEL(EDIT_THREADS, 1) forbid(float* logits, const long* positions, const int* masks, int width, int num_words,
+                               int num_blocks) {
+    float* row = logits + positions[blockIdx.x] * width;
+    const int* mask = masks + (long)blockIdx.x * num_words;
+    for (int i = blockIdx.y * EDIT_THREADS + threadIdx.x; i < width; i += num_blocks * EDIT_THREADS) {
+        if (!(mask[i / 32] >> i % 32 & 1)) row[i] = bits_float(MINUS_INFINITY);
     }
 }

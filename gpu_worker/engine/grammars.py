@@ -24,8 +24,8 @@ class Constraint(Protocol):
         """Why the text can be followed no further, or None."""
         ...
 
-    def advance(self, token_id: int) -> None:
-        """Takes the completion's next token."""
+    def advance(self, token_id: int) -> bool:
+        """Takes the completion's next token; False if it is complete now, or has an error."""
         ...
 
 

@@ -44,8 +44,8 @@ class LlguidanceConstraint:
     def error(self) -> str | None:
         return _brief(self.matcher.get_error()) if self.matcher.is_error() else None
 
-    def advance(self, token_id: int) -> None:
-        self.matcher.consume_token(token_id)
+    def advance(self, token_id: int) -> bool:
+        return self.matcher.consume_token(token_id) and not self.matcher.is_stopped()
 
 
 class LlguidanceGrammars:

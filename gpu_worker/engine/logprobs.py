@@ -1,20 +1,25 @@
 """Log-probabilities of tokens and of their likeliest rivals, for the requests that ask.
 
 They are the model's own: taken from the logits before the sampler edits them.
-S sequences that are sampled, R rows of logits that are asked about, T tokens of the step, V vocabulary.
+S sequences that are sampled, R rows of logits that are asked about, T tokens of the step, V vocabulary, K
+likeliest tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 
+from cuda_kernels.sampling import find_likeliest
 from gpu_worker.engine.scheduler import ScheduledStep
-from gpu_worker.engine.sequence import PositionLogprobs, Sequence, TokenLogprob
+from gpu_worker.engine.sequence import PositionLogprobs, Sequence
 from gpu_worker.engine.sequence_table import Rows, SequenceTable
+
+_T = TypeVar("_T")
 
 # Prompt positions scored at a time: bounds the memory that their logits take.
 _MAX_ROWS = 256
@@ -25,15 +30,21 @@ class LogprobReader:
 
     def __init__(self, logits_SV: torch.Tensor, positions: Rows, num_top_S: Rows) -> None:
         self._positions = positions
-        self._num_top_S = num_top_S
-        at = torch.from_numpy(positions).to(logits_SV.device)
-        self._logprobs_RV = torch.log_softmax(logits_SV[at], dim=-1)
+        self._num_top = num_top_S[positions].tolist()
+        self._at = torch.from_numpy(positions).to(logits_SV.device)
+        is_all = len(positions) == len(logits_SV)
+        logits_RV = logits_SV if is_all else logits_SV.index_select(0, self._at)
+        self._logprobs_RV = torch.log_softmax(logits_RV, dim=-1)
+        self._entries: _Entries | None = None
 
-    def read(self, token_ids: Rows) -> dict[int, PositionLogprobs]:
+    def take(self, token_ids_S: torch.Tensor) -> None:
+        """Sends what is to be told of the drawn tokens on its way to the host."""
+        self._entries = _Entries(self._logprobs_RV, token_ids_S[self._at], self._num_top)
+
+    def read(self) -> dict[int, PositionLogprobs]:
         """By position in S: the drawn token's log-probability and as many top ones as asked for."""
-        at = self._positions
-        entries = _entries(self._logprobs_RV, token_ids[at].tolist(), self._num_top_S[at].tolist())
-        return dict(zip(at.tolist(), entries, strict=True))
+        assert self._entries is not None
+        return dict(zip(self._positions.tolist(), self._entries.read(), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,19 +101,30 @@ class PromptScorer:
         known = sequence.prompt_logprobs
         logprobs_RV = torch.log_softmax(self._logits(hidden_RD), dim=-1)
         start, count = len(known) + 1, len(hidden_RD)
-        targets = list(sequence.request.prompt_token_ids[start : start + count])
+        targets = torch.tensor(sequence.request.prompt_token_ids[start : start + count])
         num_top = sequence.request.params.prompt_logprobs or 0
-        known += _entries(logprobs_RV, targets, [num_top] * count)
+        entries = _Entries(logprobs_RV, targets.to(logprobs_RV.device), [num_top] * count)
+        if logprobs_RV.is_cuda:
+            torch.cuda.synchronize()
+        known += entries.read()
 
 
-def _entries(
-    logprobs_RV: torch.Tensor, token_ids: list[int], num_top: list[int]
-) -> Iterator[PositionLogprobs]:
+class _Entries:
     """For each row its token's log-probability, and the likeliest ones, best first."""
-    at = torch.tensor(token_ids, device=logprobs_RV.device)[:, None]
-    own = logprobs_RV.gather(1, at).squeeze(1).tolist()
-    top = logprobs_RV.topk(min(max(num_top, default=0), logprobs_RV.shape[1]), dim=-1)
-    for row in zip(token_ids, own, top.indices.tolist(), top.values.tolist(), num_top, strict=True):
-        token_id, logprob, ids, values, count = row
-        rivals = tuple(map(TokenLogprob, ids[:count], values[:count]))
-        yield PositionLogprobs(TokenLogprob(token_id, logprob), rivals)
+
+    def __init__(self, logprobs_RV: torch.Tensor, token_ids_R: torch.Tensor, num_top: list[int]) -> None:
+        count = min(max(num_top, default=0), logprobs_RV.shape[1])
+        values_RK, ids_RK = find_likeliest(logprobs_RV, count)
+        own_R = logprobs_RV.gather(1, token_ids_R[:, None]).squeeze(1)
+        self._num_top = num_top
+        self._on_host = [x.to("cpu", non_blocking=True) for x in (token_ids_R, own_R, ids_RK, values_RK)]
+
+    def read(self) -> Iterator[PositionLogprobs]:
+        """Once the device has got there."""
+        token_ids, own, ids, values = (x.tolist() for x in self._on_host)
+        if min(self._num_top) < max(self._num_top):
+            ids, values = map(self._shorten, (ids, values))
+        return map(PositionLogprobs, token_ids, own, ids, values)
+
+    def _shorten(self, rows: list[list[_T]]) -> list[list[_T]]:
+        return [row[:count] for row, count in zip(rows, self._num_top, strict=True)]

@@ -24,7 +24,7 @@ def measure_activation_bytes(model: Decoder, config: EngineConfig) -> int:
     before = torch.cuda.memory_allocated()
     batch = padding_batch(limits.max_num_batched_tokens, limits.max_num_seqs, device)
     logits_SV = model.logits(model.forward(batch, kv_cache)[batch.sample_rows_S])
-    torch.softmax(logits_SV, dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    logits_SV.clone().log_softmax(dim=-1)  # what the sampler takes at most: everybody wants logprobs
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
     del logits_SV, batch, kv_cache

@@ -153,6 +153,8 @@ class Sampler:
         token_ids_S, peaks_S = draw(logits_SV, plan.wishes, self._uniforms(plan))
         if len(plan.penalised):
             self._penalties.add(plan.rows_X, token_ids_S[plan.penalised], plan.strengths)
+        if logprobs is not None:
+            logprobs.take(token_ids_S)
         # On their way to the host now, ahead of what the device is given next.
         host = [x.to("cpu", non_blocking=True) for x in (token_ids_S, peaks_S)]
         is_done = torch.cuda.Event() if logits_SV.is_cuda else None
@@ -170,7 +172,7 @@ class Sampler:
         errors = dict.fromkeys(np.flatnonzero(is_poisoned).tolist(), _NOTHING_FINITE)
         if drawn.is_structured:
             self._advance(token_ids, is_complete, errors)
-        logprobs = drawn.logprobs.read(token_ids) if drawn.logprobs else {}
+        logprobs = drawn.logprobs.read() if drawn.logprobs else {}
         return Samples(token_ids, is_complete, errors, logprobs)
 
     def _edit(self, logits_SV: torch.Tensor, plan: _Plan) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,20 +32,28 @@ class Request:
     deadline: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
+class TokenLogprob(NamedTuple):
     """A token and the natural logarithm of its probability before temperature and penalties."""
 
     token_id: int
     logprob: float
 
 
-@dataclass(frozen=True, slots=True)
-class PositionLogprobs:
+class PositionLogprobs(NamedTuple):
     """The sampled token of one position and the likeliest ones, best first."""
 
-    sampled: TokenLogprob
-    top: tuple[TokenLogprob, ...]
+    token_id: int
+    logprob: float
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+    @property
+    def sampled(self) -> TokenLogprob:
+        return TokenLogprob(self.token_id, self.logprob)
+
+    @property
+    def top(self) -> tuple[TokenLogprob, ...]:
+        return tuple(map(TokenLogprob, self.top_ids, self.top_logprobs))
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cuda_kernels.sampling import forbid
 from gpu_worker.engine.grammars import Constraint, Grammars
 from gpu_worker.engine.sequence_table import Rows, SequenceTable
 
@@ -42,16 +43,13 @@ class TokenMasks:
         if self._masks is None:
             return
         masks_XW = torch.from_numpy(self._masks.result()).to(logits_SV.device)
-        bits_32 = torch.arange(32, device=logits_SV.device, dtype=torch.int32)
-        is_allowed_XV = (masks_XW[:, :, None] >> bits_32 & 1).bool().flatten(1)[:, : logits_SV.shape[1]]
-        at = torch.tensor(list(self._constraints), device=logits_SV.device)
-        logits_SV[at] = logits_SV[at].masked_fill(~is_allowed_XV, -torch.inf)
+        forbid(logits_SV, torch.tensor(list(self._constraints), device=logits_SV.device), masks_XW)
 
     def advance(self, token_ids_S: Rows) -> dict[int, Constraint]:
-        """Takes the tokens that were drawn; the constraints by position in S."""
-        for position, constraint in self._constraints.items():
-            constraint.advance(int(token_ids_S[position]))
-        return self._constraints
+        """Takes the tokens that were drawn; by position in S the constraints that cannot go on."""
+        token_ids = token_ids_S.tolist()
+        constraints = self._constraints.items()
+        return {at: constraint for at, constraint in constraints if not constraint.advance(token_ids[at])}
 
     def _fill(self) -> _Masks:
         assert self._grammars is not None

@@ -1,9 +1,10 @@
 """What a decode step costs besides the model: many sequences, a null model, one core.
 
-python -m tests.bench.bench_engine [--num-seqs 256] [--vocab-size 1024] [--num-steps 200]
+python -m tests.bench.bench_engine [--num-seqs 256] [--vocab-size 1024] [--num-steps 200] [--device cuda]
 
-The time is the CPU time of the engine's thread, so a busy machine hardly shows in it. Masks of structured
-output are made on another thread.
+On a CPU the time is the CPU time of the engine's thread, so a busy machine hardly shows in it. On a GPU it is
+the clock's, with overlap: what the host does and what the sampler does there, whichever takes longer. Masks
+of structured output are made on another thread.
 """
 
 from __future__ import annotations
@@ -43,10 +44,11 @@ CASES = {
 class NullModel:
     """Always the same logits, peaked as a language model's are; its own time is known."""
 
-    def __init__(self, num_seqs: int, vocab_size: int) -> None:
+    def __init__(self, num_seqs: int, vocab_size: int, device: torch.device) -> None:
         self.seconds = 0.0
-        self._hidden_TD = torch.zeros(num_seqs * PROMPT_LEN, 1)
-        self._logits_SV = torch.randn(num_seqs, vocab_size, generator=torch.Generator().manual_seed(0)) * 4
+        self._hidden_TD = torch.zeros(num_seqs * PROMPT_LEN, 1, device=device)
+        logits_SV = torch.randn(num_seqs, vocab_size, generator=torch.Generator().manual_seed(0)) * 4
+        self._logits_SV = logits_SV.to(device)
 
     def forward(self, batch: Batch, kv_cache: KVCache) -> torch.Tensor:
         return self._hidden_TD[: batch.num_tokens]
@@ -58,33 +60,39 @@ class NullModel:
         return logits_SV
 
 
-def make_engine(model: NullModel, num_seqs: int, vocab_size: int, max_len: int) -> Engine:
+def make_engine(
+    model: NullModel, num_seqs: int, vocab_size: int, max_len: int, device: torch.device
+) -> Engine:
     num_blocks = num_seqs * (-(-max_len // BLOCK_SIZE))
     config = EngineConfig(
         model=model_config(vocab_size),
         cache=CacheConfig(BLOCK_SIZE, num_blocks),
         scheduler=SchedulerConfig(num_seqs, num_seqs * PROMPT_LEN, max_len),
-        device=torch.device("cpu"),
+        device=device,
         dtype=torch.float32,
+        overlap=device.type == "cuda",
     )
     kv_cache = KVCache(1, num_blocks, BLOCK_SIZE, 1, 1, torch.float32, config.device)
     texts = TokenTexts([bytes([i % 256]) for i in range(vocab_size)], frozenset({0, 1}))
     return Engine(config, model, kv_cache, grammars=LlguidanceGrammars(lambda: texts, vocab_size, (1,)))
 
 
-def time_steps(num_seqs: int, vocab_size: int, num_steps: int, params: SamplingParams) -> list[float]:
-    """Seconds that each decode step took the engine's thread, the model's left out."""
-    model = NullModel(num_seqs, vocab_size)
-    engine = make_engine(model, num_seqs, vocab_size, PROMPT_LEN + num_steps + 64)
+def time_steps(
+    num_seqs: int, vocab_size: int, num_steps: int, params: SamplingParams, device: torch.device
+) -> list[float]:
+    """Seconds that each decode step took; on a CPU the engine's thread, the model's left out."""
+    clock = time.thread_time if device.type == "cpu" else time.perf_counter
+    model = NullModel(num_seqs, vocab_size, device)
+    engine = make_engine(model, num_seqs, vocab_size, PROMPT_LEN + num_steps + 64, device)
     for i in range(num_seqs):
         engine.add(Request(str(i), [2 + i % 7] * PROMPT_LEN, params))
-    while engine.stats().num_running < num_seqs or engine.stats().num_pending_prefill_tokens:
-        engine.step()
+    while len(engine.step()) < num_seqs:
+        pass
     seconds = []
     for _ in range(num_steps):
-        start = time.thread_time() - model.seconds
+        start = clock() - model.seconds
         assert len(engine.step()) == num_seqs
-        seconds.append(time.thread_time() - model.seconds - start)
+        seconds.append(clock() - model.seconds - start)
     return seconds
 
 
@@ -93,12 +101,13 @@ def main() -> None:
     parser.add_argument("--num-seqs", type=int, default=256)
     parser.add_argument("--vocab-size", type=int, default=1024)
     parser.add_argument("--num-steps", type=int, default=200)
+    parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     print(f"{args.num_seqs} sequences, vocabulary {args.vocab_size}, {args.num_steps} steps; ms a step")
     for name, wishes in CASES.items():
         params = SamplingParams(**{"max_tokens": args.num_steps + 32, "ignore_eos": True, **wishes})
-        seconds = sorted(time_steps(args.num_seqs, args.vocab_size, args.num_steps, params))
+        seconds = sorted(time_steps(args.num_seqs, args.vocab_size, args.num_steps, params, args.device))
         best, median = seconds[0], statistics.median(seconds)
         print(f"  {name:30} best {best * 1e3:6.3f}   median {median * 1e3:6.3f}")
 

@@ -79,6 +79,12 @@ def mixed(vocab_size: int, scale: float):
     return logits, sampling.Wishes(*map(torch.cat, columns)), uniform
 
 
+def one_of(logits: torch.Tensor, columns: sampling.Wishes, uniform: torch.Tensor, i: int):
+    """The arguments for one row alone."""
+    one = slice(i, i + 1)
+    return logits[one], sampling.Wishes(*(column[one] for column in columns)), uniform[one]
+
+
 @pytest.mark.parametrize("scale", [0.01, 3.0])
 @pytest.mark.parametrize("vocab_size", [1, 31, 1000, 5003])
 def test_compiled_draws_are_those_of_plain_torch_in_any_company(vocab_size, scale):
@@ -87,10 +93,8 @@ def test_compiled_draws_are_those_of_plain_torch_in_any_company(vocab_size, scal
     plain_ids, plain_peaks = sampling.draw_plainly(*arguments)
     assert torch.equal(token_ids, plain_ids)
     assert torch.equal(peaks, plain_peaks)
-    logits, columns, uniform = arguments
     for i in range(len(MIXED)):
-        alone = logits[i : i + 1], sampling.Wishes(*(c[i : i + 1] for c in columns)), uniform[i : i + 1]
-        assert sampling.draw(*alone)[0] == token_ids[i]
+        assert sampling.draw(*one_of(*arguments, i))[0] == token_ids[i]
 
 
 @pytest.mark.parametrize(("vocab_size", "scale"), [(1, 1.0), (31, 3.0), (300, 0.01), (700, 3.0)])
@@ -148,3 +152,62 @@ def test_penalties(vocab_size, emulator):
         torch.testing.assert_close(given, expected)
     sampling.launch_penalise(emulator, given := logits.clone(), *at, divisor, loss)
     torch.testing.assert_close(given, expected)
+
+
+@pytest.mark.parametrize("vocab_size", [32, 61, 2500])
+def test_forbidden_tokens(vocab_size, emulator):
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, vocab_size, generator=generator)
+    masks = torch.randint(-(2**31), 2**31, (2, -(-vocab_size // 32)), generator=generator).int()
+    masks[1, 0] = -1
+    at = torch.tensor([3, 0])
+    expected = logits.clone()
+    for i, row in enumerate(at.tolist()):
+        for token in range(vocab_size):
+            if not int(masks[i, token // 32]) >> token % 32 & 1:
+                expected[row, token] = -torch.inf
+    for op in (sampling.forbid, sampling.forbid_plainly):
+        op(given := logits.clone(), at, masks)
+        assert torch.equal(given, expected)
+    sampling.launch_forbid(emulator, given := logits.clone(), at, masks)
+    assert torch.equal(given, expected)
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 20, 61])
+def test_the_likeliest_in_order(count):
+    values = torch.randn(7, 61, generator=torch.Generator().manual_seed(0))
+    values[2] = torch.arange(61)
+    values[3] = -torch.arange(61.0)
+    best, ids = sampling.find_likeliest(values, count)
+    expected = values.sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(best, expected.values[:, :count])
+    assert torch.equal(ids, expected.indices[:, :count])
+    assert sampling.find_likeliest(torch.zeros(1, 61), count)[1].tolist() == [list(range(count))]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scale", [0.01, 3.0])
+@pytest.mark.parametrize("vocab_size", [1, 31, 5003, 103424])
+def test_a_gpu_draws_as_plain_torch_does_in_any_company(vocab_size, scale):
+    logits, columns, uniform = mixed(vocab_size, scale)
+    expected_ids, expected_peaks = sampling.draw_plainly(logits, columns, uniform)
+    on_gpu = [logits.cuda(), sampling.Wishes(*(column.cuda() for column in columns)), uniform.cuda()]
+    token_ids, peaks = sampling.draw(*on_gpu)
+    assert torch.equal(token_ids.cpu(), expected_ids)
+    assert torch.equal(peaks.cpu(), expected_peaks)
+    for i in range(len(MIXED)):
+        alone = [
+            on_gpu[0][i : i + 1],
+            sampling.Wishes(*(c[i : i + 1] for c in on_gpu[1])),
+            on_gpu[2][i : i + 1],
+        ]
+        assert sampling.draw(*alone)[0] == token_ids[i]
+
+
+@pytest.mark.gpu
+def test_a_gpu_penalises_as_plain_torch_does():
+    logits, divisor, loss = torch.randn(5, 5003), 1 + torch.rand(3, 5003), torch.rand(3, 5003)
+    at = torch.tensor([4, 1]), torch.tensor([0, 2])
+    sampling.penalise_plainly(expected := logits.clone(), *at, divisor, loss)
+    sampling.penalise(given := logits.cuda(), *(x.cuda() for x in (*at, divisor, loss)))
+    torch.testing.assert_close(given.cpu(), expected)

@@ -145,8 +145,8 @@ class AnyText:
     is_complete = False
     error = None
 
-    def advance(self, token_id: int) -> None:
-        pass
+    def advance(self, token_id: int) -> bool:
+        return True
 
 
 class SlowGrammars:
