@@ -88,14 +88,16 @@ bench-gateway: $(INSTALLED) ## requests/s, CPU a request and added latency of th
 	@test -z "$(PEER)" || $(PEER)/bin/pip install --quiet smg==1.13.0
 	$(BIN)/python -m tests.bench.bench_gateway $(if $(PEER),--smg $(PEER)/bin/smg) $(ARGS)
 
-acceptance-apart: $(INSTALLED) ## langchain, litellm, lm-eval and schemathesis against the stack, from an environment of their own
+acceptance-apart: $(INSTALLED) ## langchain, litellm, lm-eval, schemathesis and aiperf against the stack, from environments of their own
 	$(PYTHON) -m venv $(VENV)-acceptance
 	$(VENV)-acceptance/bin/pip install --quiet -r tests/acceptance/requirements.txt
 	$(VENV)-acceptance/bin/pip install --quiet --no-deps "litellm>=1.109.1"
+	$(PYTHON) -m venv $(VENV)-aiperf
+	$(VENV)-aiperf/bin/pip install --quiet aiperf==0.13.0
 	WINT2_BIN=$(abspath $(BIN)) $(VENV)-acceptance/bin/python -m pytest tests/acceptance
 
 size: $(BIN)/python ## lines, functions and files by package
 	@$(BIN)/python tests/size.py
 
 clean: ## remove what the targets above made
-	rm -rf $(VENV) .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info
+	rm -rf $(VENV) $(VENV)-acceptance $(VENV)-aiperf .demo .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build *.egg-info
