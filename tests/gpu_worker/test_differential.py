@@ -27,7 +27,7 @@ def play_schedule(seed: int, *, overlap: bool) -> int:
     arrivals = rng.integers(0, 13, len(requests)).tolist()
     aborts = {str(i): int(rng.integers(20)) for i in range(len(requests)) if rng.random() < 0.15}
     run.play(requests, arrivals, aborts)
-    assert max(model.num_forward_tokens) <= run.engine.config.scheduler.max_num_batched_tokens
+    assert max(model.num_forward_tokens, default=0) <= run.engine.config.scheduler.max_num_batched_tokens
     return sum(check(request, run, is_aborted=request.request_id in aborts) for request in requests)
 
 
