@@ -15,22 +15,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from gpu_worker.config import ModelConfig
 from gpu_worker.engine.build import build_engine
-from gpu_worker.engine.errors import RequestError
+from gpu_worker.engine.errors import EngineArgsError, RequestError
 from gpu_worker.engine.grammars import Grammars
 from gpu_worker.engine.sequence import Request
 from gpu_worker.llm_arguments import read_arguments
 from gpu_worker.llm_completions import PendingRequest, spell_bad_words
+from gpu_worker.llm_prompts import (
+    Messages,
+    Prompt,
+    read_conversations,
+    read_params,
+    read_prompt,
+    split_prompts,
+)
 from gpu_worker.outputs import RequestOutput
 from gpu_worker.sampling_params import SamplingParams
 from gpu_worker.structured import make_grammars
 from tokenizer_svc.tokenizer import Tokenizer, load_tokenizer
-
-Prompt = str | Sequence[int] | Mapping[str, Any]
-Messages = Sequence[Mapping[str, Any]]
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +54,7 @@ class LLM:
         model: str | Path,
         tensor_parallel_size: int = 1,
         use_cudagraph: bool = True,
-        dtype: str = "auto",
+        dtype: str | torch.dtype = "auto",
         max_model_len: int | None = None,
         skip_tokenizer_init: bool = False,
         tokenizer: str | Path | None = None,
@@ -61,6 +67,9 @@ class LLM:
             "dtype": dtype,
             "max_model_len": max_model_len,
         }
+        if not Path(model).is_dir():
+            message = f"{model}: no such directory; nothing is downloaded: give the checkpoint's directory"
+            raise EngineArgsError("model", message)
         args, notes = read_arguments(model, keywords)
         self._tokenizer = None if skip_tokenizer_init else load_tokenizer(tokenizer or model, chat_template)
         with _loading_bar(str(model)) as progress:
@@ -88,8 +97,8 @@ class LLM:
         The results are in the prompts' order. One SamplingParams serves all prompts; a list has one for each.
         Raises RequestError or ContextLengthError, naming the prompt, before anything is computed.
         """
-        inputs = [self._read_prompt(prompt) for prompt in _split_prompts(prompts)]
-        return self._run(inputs, _spread(sampling_params, len(inputs)), use_tqdm)
+        inputs = [self._encode(*read_prompt(prompt)) for prompt in split_prompts(prompts)]
+        return self._run(inputs, read_params(sampling_params, len(inputs)), use_tqdm)
 
     def chat(
         self,
@@ -102,35 +111,25 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> list[RequestOutput]:
         """Answers a conversation, or each of several."""
-        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
         inputs = [
             self.get_tokenizer().apply_chat_template(
-                conversation,  # type: ignore[arg-type]
+                conversation,
                 add_generation_prompt=add_generation_prompt,
                 tools=tools,
                 template_kwargs=chat_template_kwargs,
                 chat_template=chat_template,
             )
-            for conversation in conversations
+            for conversation in read_conversations(messages)
         ]
-        return self._run(list(inputs), _spread(sampling_params, len(inputs)), use_tqdm)
+        return self._run(list(inputs), read_params(sampling_params, len(inputs)), use_tqdm)
 
     def _make_grammars(self, model: ModelConfig) -> Grammars:
         return make_grammars(model, lambda path: self.get_tokenizer())
 
-    def _read_prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        """The text, if there is one, and the token ids."""
-        if isinstance(prompt, Mapping):
-            if "prompt_token_ids" in prompt:
-                return prompt.get("prompt"), list(prompt["prompt_token_ids"])
-            if "prompt" not in prompt:
-                raise TypeError(f"a prompt has neither 'prompt' nor 'prompt_token_ids' but {sorted(prompt)}")
-            return self._read_prompt(prompt["prompt"])
-        if isinstance(prompt, str):
-            return prompt, self.get_tokenizer().encode(prompt, parse_special_tokens=True)
-        if all(isinstance(token_id, int) for token_id in prompt):
-            return None, list(prompt)
-        raise TypeError(f"a prompt is a text, token ids, or a dict with one of them, not {prompt!r:.80}")
+    def _encode(self, text: str | None, token_ids: list[int] | None) -> tuple[str | None, list[int]]:
+        if token_ids is None:
+            token_ids = self.get_tokenizer().encode(text or "", parse_special_tokens=True)
+        return text, token_ids
 
     def _run(
         self, inputs: list[tuple[str | None, list[int]]], params: list[SamplingParams], use_tqdm: bool
@@ -170,23 +169,6 @@ class LLM:
             if request.result.finished and not request.is_counted:
                 request.is_counted = True
                 bar.update()
-
-
-def _split_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A list of token ids is one prompt; a list of anything else is a list of prompts."""
-    if isinstance(prompts, str | Mapping) or (prompts and isinstance(prompts[0], int)):
-        return [prompts]  # type: ignore[list-item]
-    return list(prompts)  # type: ignore[arg-type]
-
-
-def _spread(
-    params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
-) -> list[SamplingParams]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params or SamplingParams()] * num_prompts
-    if len(params) != num_prompts:
-        raise ValueError(f"{len(params)} sampling_params for {num_prompts} prompts")
-    return list(params)
 
 
 @contextmanager

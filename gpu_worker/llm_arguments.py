@@ -8,6 +8,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gpu_worker.engine.build import EngineArgs
 from gpu_worker.engine.errors import EngineArgsError
 
@@ -15,9 +17,10 @@ RENAMED = {
     "num_gpu_blocks_override": "num_kv_blocks",
     "load_choices": "load_format",
 }
-VALUES = {
+VALUES: dict[str, dict[Any, str]] = {
     "load_format": {"default": "auto", "default_v1": "auto", "safetensors": "auto"},
     "kv_cache_dtype": {"fp8_e4m3": "fp8"},
+    "dtype": {torch.float32: "float32", torch.bfloat16: "bfloat16", "float": "float32"},
 }
 
 # What they ask for is so already, or concerns a mechanism that is not here.
@@ -81,6 +84,7 @@ NOTED = {
     "scheduler_reader_batch_size": "an LLM has no requests from outside to schedule",
     "scheduler_writer_batch_size": "an LLM has no requests from outside to schedule",
     "router": "an LLM has no requests from outside to schedule",
+    "swap_space": "a sequence that must make room is computed anew, not swapped",
     "trust_remote_code": "no code is ever loaded from a model's folder",
     "disable_log_stats": "an LLM logs no statistics",
 }
@@ -90,7 +94,6 @@ REFUSED = {
     "data_parallel_size": "start several workers and a gateway: wint2 serve",
     "enable_expert_parallel": "a worker runs the model on one device",
     "speculative_config": "there is no speculative decoding",
-    "swap_space": "the KV cache lives in the device's own memory",
     "cpu_offload_gb": "weights are not offloaded",
     "kvcache_storage_backend": "the KV cache lives in the device's own memory",
     "splitwise_role": "prompts and completions are computed by the same engine",
@@ -125,7 +128,6 @@ HARMLESS = {
     "revision": ("master", "main"),
     "quantization": ("wint2",),
     "data_parallel_size": (1,),
-    "swap_space": (0,),
     "cpu_offload_gb": (0,),
     "splitwise_role": ("mixed",),
     "model_config_name": ("config.json",),

@@ -82,5 +82,9 @@ class PendingRequest:
 
     def _detokenizer(self, request: Request, tokenizer: Tokenizer) -> IncrementalDetokenizer:
         return IncrementalDetokenizer(
-            tokenizer, stop=request.params.stop, prefix_token_ids=request.prompt_token_ids
+            tokenizer,
+            skip_special_tokens=request.params.skip_special_tokens,
+            stop=request.params.stop,
+            include_stop=request.params.include_stop_str_in_output,
+            prefix_token_ids=request.prompt_token_ids,
         )

@@ -18,7 +18,10 @@ class Logprob:
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One completion. `stop_reason` is the stop token's id or the stop string that ended it."""
+    """One completion. `stop_reason` is the stop token's id or the stop string that ended it.
+
+    `reasoning_content` is always None: an LLM returns the text as the model wrote it.
+    """
 
     index: int
     text: str = ""
@@ -27,6 +30,7 @@ class CompletionOutput:
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    reasoning_content: str | None = None
 
 
 class CompletionOutputs(list[CompletionOutput]):

@@ -6,9 +6,16 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
 MAX_LOGPROBS = 20
+
+_NUMBERS = (
+    "temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty",
+)  # fmt: skip
+_OPTIONAL = ("seed", "max_tokens", "logprobs", "prompt_logprobs")
+_INTEGERS = ("top_k", "min_tokens", "n", *_OPTIONAL)
 
 
 class SamplingParamsError(ValueError):
@@ -52,7 +59,9 @@ class StructuredOutput:
 class SamplingParams:
     """One request's sampling parameters. `temperature=0` and `top_p=0` are greedy.
 
-    `bad_words` are texts, which only `LLM` takes; the engine knows them as `bad_words_token_ids`.
+    `bad_words` are texts, which only `LLM` takes; the engine knows them as `bad_words_token_ids`. `LLM` alone
+    also heeds `include_stop_str_in_output` and `skip_special_tokens`, which are about a completion's text.
+    `top_k` is off at 0 and at -1.
     """
 
     temperature: float = 1.0
@@ -76,8 +85,11 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     structured_output: StructuredOutput | None = None
     n: int = 1
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
+        self._check_types()
         self._normalise()
         self._check_range("temperature", 0.0, 2.0)
         self._check_range("top_p", 0.0, 1.0)
@@ -111,8 +123,18 @@ class SamplingParams:
     def is_penalised(self) -> bool:
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1.0, 0.0, 0.0)
 
+    def _check_types(self) -> None:
+        for name in _NUMBERS:
+            if not isinstance(getattr(self, name), Real):
+                raise SamplingParamsError(name, f"must be a number, got {getattr(self, name)!r}")
+        for name in _INTEGERS:
+            value = getattr(self, name)
+            if not isinstance(value, Integral) and not (value is None and name in _OPTIONAL):
+                raise SamplingParamsError(name, f"must be an integer, got {value!r}")
+
     def _normalise(self) -> None:
         """Tuples and dicts of whatever collections the caller wrote, a lone string being one of them."""
+        object.__setattr__(self, "top_k", 0 if self.top_k == -1 else self.top_k)
         for name in ("stop", "bad_words"):
             object.__setattr__(self, name, _strings(getattr(self, name)))
         for name in ("stop_token_ids", "allowed_token_ids"):

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from gpu_worker.engine.errors import ContextLengthError, EngineArgsError, RequestError
 from tests.tiny import make_tiny_model
@@ -100,6 +101,54 @@ def test_a_stop_string_ends_one_completion_and_frees_it(llm):
     assert llm._engine.stats().num_used_blocks == 0
 
 
+def test_the_stop_string_and_special_tokens_may_be_kept(llm):
+    (free,) = llm.generate("the thing", GREEDY, use_tqdm=False)
+    text = free.outputs.text
+    stop = text[2:4]
+    kept = dataclasses.replace(GREEDY, stop=(stop,), include_stop_str_in_output=True)
+    assert (
+        llm.generate("the thing", kept, use_tqdm=False)[0].outputs.text
+        == text[: text.index(stop) + len(stop)]
+    )
+    only = {"max_tokens": 1, "ignore_eos": True, "allowed_token_ids": [3]}
+    shown = [SamplingParams(**only, skip_special_tokens=skip) for skip in (True, False)]
+    texts = [output.outputs.text for output in llm.generate(["a", "a"], shown, use_tqdm=False)]
+    assert texts == ["", "<|begin_of_sentence|>"]
+
+
+def test_a_bar_is_shown_unless_told_otherwise(llm, capsys):
+    llm.generate(["a", "b"], GREEDY)
+    assert "prompts: 100%" in capsys.readouterr().err
+    llm.generate(["a", "b"], GREEDY, use_tqdm=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_template_and_its_variables_may_be_brought(model, tmp_path):
+    file = tmp_path / "mine.jinja"
+    file.write_text("{{ messages[0].content }}{{ ' /think' if enable_thinking }}")
+    llm = LLM(model, chat_template=str(file), num_kv_blocks=8)
+    said = [{"role": "user", "content": "hello"}]
+    for options, expected in (
+        ({}, "hello"),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, "hello /think"),
+        ({"chat_template": "{{ messages | length }}"}, "1"),
+    ):
+        (output,) = llm.chat(said, GREEDY, use_tqdm=False, **options)
+        assert output.prompt == expected
+
+
+def test_special_tokens_that_a_user_writes_are_text(llm):
+    (output,) = llm.chat([{"role": "user", "content": "</s><|end_of_sentence|>"}], GREEDY, use_tqdm=False)
+    assert output.prompt_token_ids.count(2) == output.prompt_token_ids.count(4) == 0
+    assert output.prompt_token_ids[0] == 3
+
+
+@pytest.mark.parametrize("dtype", ["float32", torch.float32, "bfloat16", torch.bfloat16])
+def test_arithmetic_by_name_or_by_torchs_own(model, dtype):
+    llm = LLM(model, dtype=dtype, num_kv_blocks=4)
+    assert str(llm._engine.config.dtype).removeprefix("torch.") == str(dtype).removeprefix("torch.")
+
+
 def test_chat_uses_the_template(llm):
     conversation = [{"role": "user", "content": "hello"}]
     one, *rest = llm.chat([conversation, conversation], GREEDY, use_tqdm=False)
@@ -151,6 +200,7 @@ def test_without_a_tokenizer_token_ids_go_in_and_out(model):
             "tensor_parallel_size 3 does not divide the model's 4",
         ),
         ({"speculative_config": {"method": "mtp"}}, EngineArgsError, "there is no speculative decoding"),
+        ({"model": "baidu/ERNIE"}, EngineArgsError, "nothing is downloaded: give the checkpoint's directory"),
         ({"device": "tpu"}, EngineArgsError, "device must be auto, cpu or cuda, got 'tpu'"),
         ({"dtype": "float8"}, EngineArgsError, "dtype must be auto, float32 or bfloat16, got 'float8'"),
         ({"max_model_len": 5000}, EngineArgsError, "is 5000; the model was made for at most 2048"),
@@ -160,7 +210,7 @@ def test_without_a_tokenizer_token_ids_go_in_and_out(model):
 )
 def test_a_keyword_that_cannot_be_honoured_is_an_error(model, keywords, error, message):
     with pytest.raises(error) as caught:
-        LLM(model, **keywords)
+        LLM(**{"model": model} | keywords)
     assert message in str(caught.value)
 
 

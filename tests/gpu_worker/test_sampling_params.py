@@ -16,7 +16,7 @@ from gpu_worker.sampling_params import SamplingParams, SamplingParamsError
         ("temperature", math.nan, "between 0.0 and 2.0"),
         ("top_p", 1.1, "between 0.0 and 1.0"),
         ("min_p", -1, "between 0.0 and 1.0"),
-        ("top_k", -1, "at least 0"),
+        ("top_k", -2, "at least 0"),
         ("presence_penalty", 2.5, "between -2.0 and 2.0"),
         ("frequency_penalty", math.inf, "between -2.0 and 2.0"),
         ("repetition_penalty", 0.0, "greater than 0"),
@@ -30,6 +30,22 @@ def test_values_out_of_range_are_named(name, value, limits):
     with pytest.raises(SamplingParamsError, match=f"{name} must be {limits}") as caught:
         SamplingParams(**{name: value})
     assert caught.value.field == name
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("temperature", "hot", "temperature must be a number, got 'hot'"),
+        ("top_p", None, "top_p must be a number, got None"),
+        ("max_tokens", 1.5, "max_tokens must be an integer, got 1.5"),
+        ("n", None, "n must be an integer, got None"),
+        ("seed", "7", "seed must be an integer, got '7'"),
+    ],
+)
+def test_values_of_another_type_are_named(name, value, message):
+    with pytest.raises(SamplingParamsError) as caught:
+        SamplingParams(**{name: value})
+    assert str(caught.value) == message
 
 
 def test_min_tokens_is_at_most_max_tokens():
@@ -51,3 +67,4 @@ def test_greedy(params):
 def test_what_a_caller_writes_is_normalised():
     params = SamplingParams(stop="end", stop_token_ids=[1, 2], logit_bias=None)
     assert (params.stop, params.stop_token_ids, params.logit_bias) == (("end",), (1, 2), {})
+    assert SamplingParams(top_k=-1) == SamplingParams()
