@@ -18,6 +18,7 @@ from cuda_kernels.tiled import Bits, TiledWeight, unpack_tiled
 _PLAIN, _GATED, _WEIGHTED = 0, 1, 2
 _SUMS_STRIDE = 36
 _TOKEN_TILES = (1, 2, 4, 8)  # of eight rows each
+_SHARING_PAIRS = (1, 2, 4)
 # Beyond it, a dequantized copy for the matrix library costs less than streaming the weight for every tile.
 MAX_STREAMED_ROWS = 128
 
@@ -166,22 +167,32 @@ def choose_warps(num_blocks: int, blocks: int, num_multiprocessors: int) -> int:
     return 4 if resident < num_blocks <= 3 * resident else 8
 
 
-def pairs_a_block(token_tiles: int, warps: int) -> int:
-    """Pairs that share the rows they read: many rows would else outweigh the weights."""
-    return warps // 2 if token_tiles == _TOKEN_TILES[-1] else 1
+def choose_pairs(num_pairs: int, num_tiles: int, num_multiprocessors: int) -> int:
+    """Pairs that share the rows they read, in a block of the widest tile: the most that leave no GPU idle.
+
+    Such a block has a multiprocessor to itself, for as long as it has pairs.
+    """
+
+    def time(pairs: int) -> int:
+        return pairs * -(-(-(-num_pairs // pairs) * num_tiles) // num_multiprocessors)
+
+    quickest = min(map(time, _SHARING_PAIRS))
+    return max(pairs for pairs in _SHARING_PAIRS if time(pairs) <= 1.05 * quickest)
 
 
 def variants(bits: Bits) -> list[Variant]:
     """Every kernel that these ops may ask for with weights of that many bits."""
-    shapes = product(_TOKEN_TILES, (_PLAIN, _GATED, _WEIGHTED), (4, 8))
+    kinds = _PLAIN, _GATED, _WEIGHTED
+    shapes = [(*shape, 1) for shape in product(_TOKEN_TILES[:-1], kinds, (4, 8))]
+    shapes += product(_TOKEN_TILES[-1:], kinds, (8,), _SHARING_PAIRS)
     untile = [] if bits == 16 else [Variant("untile", (("BITS", bits),))]
     return [_variant(bits, *shape) for shape in shapes] + untile
 
 
-def _variant(bits: Bits, token_tiles: int, kind: int, warps: int) -> Variant:
+def _variant(bits: Bits, token_tiles: int, kind: int, warps: int, pairs: int) -> Variant:
     stages, blocks = stages_and_blocks(bits, token_tiles)
     defines = {"BITS": bits, "TOKEN_TILES": token_tiles, "OUTPUT": kind, "STAGES": stages}
-    defines |= {"WARPS": warps, "WARPS_N": pairs_a_block(token_tiles, warps), "BLOCKS": blocks * 8 // warps}
+    defines |= {"WARPS": warps, "WARPS_N": pairs, "BLOCKS": blocks * 8 // warps}
     return Variant("tiled_linear", tuple(defines.items()))
 
 
@@ -198,9 +209,12 @@ def _launch(
 ) -> None:
     arguments: list[Argument] = [weight.tiles, weight.scales, weight.num_pairs, weight.num_chunks]
     arguments += [x, weight.num_inputs, *rows, y, expert_weights, weight.num_features]
-    _, blocks = stages_and_blocks(weight.bits, token_tiles)
-    warps = choose_warps(weight.num_pairs * num_tiles, blocks, device.num_multiprocessors)
-    grid = -(-weight.num_pairs // pairs_a_block(token_tiles, warps)), num_tiles
+    if token_tiles == _TOKEN_TILES[-1]:
+        warps, pairs = 8, choose_pairs(weight.num_pairs, num_tiles, device.num_multiprocessors)
+    else:
+        _, blocks = stages_and_blocks(weight.bits, token_tiles)
+        warps, pairs = choose_warps(weight.num_pairs * num_tiles, blocks, device.num_multiprocessors), 1
+    grid = -(-weight.num_pairs // pairs), num_tiles
     shared_bytes = warps * 8 * token_tiles * _SUMS_STRIDE * 4
-    variant = _variant(weight.bits, token_tiles, kind, warps)
+    variant = _variant(weight.bits, token_tiles, kind, warps, pairs)
     device.launch(variant, "tiled_linear", grid, 32 * warps, shared_bytes, arguments, overlaps=True)

@@ -112,6 +112,7 @@ def tiled_cases() -> list[Case]:
     for bits in BITS:
         for num_tokens, is_gated in ((1, False), (9, True), (20, False), (70, True)):
             found.append(linear_case(bits, num_tokens, weight(104, 200, bits, is_gated)))
+        found.append(linear_case(bits, 60, weight(72, 200, bits)))
         found += [experts_case(bits, num_tokens) for num_tokens in (1, 21)]
     return found + [untile_case(weight(88, 200, bits)) for bits in BITS[:2]]
 

@@ -7,6 +7,7 @@ from torch import Tensor
 from cuda_kernels import tiled_linear as op
 from cuda_kernels.tiled import Bits, TiledWeight, pack_tiled, stack_tiled, unpack_tiled
 from tests.cuda_kernels.emulator.emulator import Emulator
+from tests.cuda_kernels.small_cases import Watched
 
 BITS: tuple[Bits, ...] = (4, 8, 16)
 
@@ -101,3 +102,22 @@ def test_wrong_sizes_are_named(emulator: Emulator) -> None:
 @pytest.mark.parametrize(("num_blocks", "warps"), [(1, 8), (264, 8), (320, 4), (792, 4), (793, 8)])
 def test_blocks_are_small_where_a_second_wave_would_be_short(num_blocks: int, warps: int) -> None:
     assert op.choose_warps(num_blocks, 2, 132) == warps
+
+
+@pytest.mark.parametrize(
+    ("num_pairs", "num_tiles", "pairs"), [(112, 1, 1), (256, 1, 2), (320, 1, 1), (256, 2, 4), (1792, 2, 4)]
+)
+def test_pairs_share_rows_where_the_gpu_stays_full(num_pairs: int, num_tiles: int, pairs: int) -> None:
+    assert op.choose_pairs(num_pairs, num_tiles, 132) == pairs
+
+
+def test_every_launch_has_a_variant_built_ahead() -> None:
+    asked: list[tuple[object, str]] = []
+    for num_multiprocessors in (1, 3, 132):
+        device = Watched(None)
+        device.num_multiprocessors, device.launched = num_multiprocessors, asked
+        for num_tokens in (1, 9, 17, 33, 70, 200):
+            for is_gated in (False, True):
+                x = torch.zeros(num_tokens, 72).bfloat16()
+                op.launch_tiled_linear(device, x, weight(104, 72, 8, is_gated))
+    assert {variant for variant, _ in asked} <= set(op.variants(8))
