@@ -49,8 +49,14 @@ class WorkerSettings(ServiceSettings):
     max_model_len: int | None = Field(
         None, ge=2, description="longest prompt plus completion, in tokens; default: what the model allows"
     )
-    max_num_seqs: int = Field(256, ge=1, description="most sequences in a step")
-    max_num_batched_tokens: int = Field(8192, ge=1, description="most tokens in a step")
+    max_num_seqs: int | None = Field(
+        None,
+        ge=1,
+        description="most sequences in a step; default: 256, but no more than KV blocks",
+    )
+    max_num_batched_tokens: int | None = Field(
+        None, ge=1, description="most tokens in a step; default: 2048 to 8192, by the device's memory"
+    )
     block_size: int = Field(64, ge=1, description="tokens in a KV block")
     num_kv_blocks: int | None = Field(
         None, ge=1, description="KV blocks in all; default: what the memory plan allows"

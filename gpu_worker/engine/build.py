@@ -27,6 +27,7 @@ from gpu_worker.engine.grammars import Grammars
 from gpu_worker.engine.memory import (
     GIB,
     choose_cache_dtype,
+    choose_limits,
     cpu_cache_bytes,
     cuda_cache_bytes,
     kv_block_bytes,
@@ -68,8 +69,8 @@ class EngineArgs:
     cpu_activations: ActivationsChoice = "auto"
     tensor_parallel_size: int = 1
     max_model_len: int | None = None
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 8192
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
     block_size: int = 64
     num_kv_blocks: int | None = None
     kv_cache_memory_gib: float | None = None
@@ -87,13 +88,15 @@ class EngineArgs:
                 wanted = " or ".join(get_args(choices))
                 raise EngineArgsError(name, f"must be {wanted}, got {getattr(self, name)!r}")
         for name in ("tensor_parallel_size", "max_num_seqs", "max_num_batched_tokens", "block_size"):
-            if getattr(self, name) < 1:
-                raise EngineArgsError(name, f"must be at least 1, got {getattr(self, name)}")
-        if self.max_num_batched_tokens < self.max_num_seqs:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise EngineArgsError(name, f"must be at least 1, got {value}")
+        num_seqs, num_tokens = self.max_num_seqs, self.max_num_batched_tokens
+        if num_seqs is not None and num_tokens is not None and num_tokens < num_seqs:
             raise EngineArgsError(
                 "max_num_batched_tokens",
-                f"must be at least max_num_seqs ({self.max_num_seqs}), a token for each that decodes, "
-                f"got {self.max_num_batched_tokens}",
+                f"must be at least max_num_seqs ({num_seqs}), a token for each that decodes, "
+                f"got {num_tokens}",
             )
 
 
@@ -146,6 +149,8 @@ def build_engine(
     phases = Phases()
     size = args.tensor_parallel_size
     choice = choose_device(args.device, 0, size)
+    num_seqs, num_tokens = choose_limits(args.max_num_seqs, args.max_num_batched_tokens, choice.device)
+    args = replace(args, max_num_seqs=num_seqs, max_num_batched_tokens=num_tokens)
     model_config = read_model_config(args.model)
     if problem := degree_problem(model_config, size):
         raise EngineArgsError("tensor_parallel_size", problem)
@@ -177,7 +182,7 @@ def _preflight(args: EngineArgs, model_config: ModelConfig, choice: DeviceChoice
         args.gpu_memory_utilization,
         args.tensor_parallel_size,
         cache_dtype=cache_dtype,
-        limits=SchedulerConfig(args.max_num_seqs, args.max_num_batched_tokens),
+        limits=_limits(args, choice.device),
         wanted_len=args.max_model_len,
         cache_bytes=cache_bytes,
     )
@@ -283,12 +288,7 @@ def _plan(
     config = EngineConfig(
         model=model_config,
         cache=CacheConfig(args.block_size, 0, args.enable_prefix_caching, cache_dtype),
-        scheduler=SchedulerConfig(
-            max_num_seqs=args.max_num_seqs,
-            max_num_batched_tokens=args.max_num_batched_tokens,
-            max_model_len=wanted_len,
-            enable_chunked_prefill=args.enable_chunked_prefill,
-        ),
+        scheduler=replace(_limits(args, device), max_model_len=wanted_len),
         device=device,
         dtype=dtype,
         tensor_parallel_size=args.tensor_parallel_size,
@@ -299,14 +299,26 @@ def _plan(
     num_blocks = args.num_kv_blocks or _cache_bytes(args, config, block_bytes, model) // block_bytes
     num_blocks = model.ranks.least(num_blocks, device)
     plan = plan_cache(num_blocks, args.block_size, block_bytes, args.max_model_len, config_len)
-    budget = args.max_num_batched_tokens
+    limits = config.scheduler
+    budget = limits.max_num_batched_tokens
     if not args.enable_chunked_prefill:
         budget = max(budget, plan.max_model_len)
     return replace(
         config,
         cache=replace(config.cache, num_blocks=plan.num_blocks),
-        scheduler=replace(config.scheduler, max_model_len=plan.max_model_len, max_num_batched_tokens=budget),
+        scheduler=replace(
+            limits,
+            max_model_len=plan.max_model_len,
+            max_num_batched_tokens=budget,
+            max_num_seqs=min(limits.max_num_seqs, plan.num_blocks),  # each holds a block
+        ),
     )
+
+
+def _limits(args: EngineArgs, device: torch.device) -> SchedulerConfig:
+    """What a step may hold; where nobody says, as the device's memory has it."""
+    num_seqs, num_tokens = choose_limits(args.max_num_seqs, args.max_num_batched_tokens, device)
+    return SchedulerConfig(num_seqs, num_tokens, enable_chunked_prefill=args.enable_chunked_prefill)
 
 
 def _capture(config: EngineConfig, decoder: Decoder, kv_cache: KVCache) -> tuple[Model, DecodeGraphs | None]:

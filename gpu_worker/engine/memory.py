@@ -23,6 +23,11 @@ from gpu_worker.layers.kv_cache import KVCache
 GIB = 2**30
 CACHE_DTYPES = DTYPES | {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
+# Tokens of a step by the memory of the device: so long that a prompt keeps it busy, so short that what a step
+# computes on the way takes a small part of the memory.
+_STEP_TOKENS = ((64 * GIB, 8192), (32 * GIB, 4096), (0, 2048))
+_MAX_NUM_SEQS = 256
+
 _CPU_SHARE = 0.25
 _CPU_BYTES = 2 * GIB
 _CPU_TOKENS_PER_SEQUENCE = 1024
@@ -49,6 +54,19 @@ def choose_cache_dtype(wanted: str, dtype: torch.dtype, device: torch.device) ->
         name = str(dtype).removeprefix("torch.")
         raise EngineArgsError("kv_cache_dtype", f"{wanted} cannot be had on a GPU with dtype {name}")
     return chosen
+
+
+def choose_limits(num_seqs: int | None, num_tokens: int | None, device: torch.device) -> tuple[int, int]:
+    """Most sequences and most tokens of a step, of which one or both may be given."""
+    if num_tokens is None:
+        total = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else available_cpu_bytes()
+        num_tokens = max(num_seqs or 1, step_tokens(total))
+    return num_seqs or min(_MAX_NUM_SEQS, num_tokens), num_tokens
+
+
+def step_tokens(total_bytes: int) -> int:
+    """Tokens of a step on a device with so much memory."""
+    return next(num_tokens for least, num_tokens in _STEP_TOKENS if total_bytes >= least)
 
 
 def kv_block_bytes(model: ModelConfig, block_size: int, dtype: torch.dtype) -> int:

@@ -205,7 +205,11 @@ def test_without_a_tokenizer_token_ids_go_in_and_out(model):
         ({"dtype": "float8"}, EngineArgsError, "dtype must be auto, float32 or bfloat16, got 'float8'"),
         ({"max_model_len": 5000}, EngineArgsError, "is 5000; the model was made for at most 2048"),
         ({"max_model_len": 999, "num_kv_blocks": 2}, EngineArgsError, "which hold 128 tokens"),
-        ({"max_num_batched_tokens": 8}, EngineArgsError, "must be at least max_num_seqs (256)"),
+        (
+            {"max_num_batched_tokens": 8, "max_num_seqs": 256},
+            EngineArgsError,
+            "must be at least max_num_seqs (256)",
+        ),
     ],
 )
 def test_a_keyword_that_cannot_be_honoured_is_an_error(model, keywords, error, message):
