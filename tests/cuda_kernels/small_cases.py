@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -188,7 +189,7 @@ def attention_case(
 def small_op_cases() -> list[Case]:
     stores = [store_case(dtype) for dtype in (torch.bfloat16, torch.int8, torch.float8_e4m3fn)]
     found = [norm_case(3, 576), norm_case(1, 8200), rope_case(), *stores, route_case(), router_case()]
-    return [*found, draw_case(300), draw_case(9000), penalise_case()]
+    return [*found, draw_case(300), draw_case(9000), penalise_case(), forbid_case()]
 
 
 def norm_case(num_tokens: int, width: int) -> Case:
@@ -293,3 +294,20 @@ def penalise_case() -> Case:
         return own
 
     return Case("penalise", launch, wanted)
+
+
+def forbid_case() -> Case:
+    """Half of two rows' tokens; what is forbidden is counted, for no norm holds an infinity."""
+    logits, positions = torch.randn(3, 5000), torch.tensor([2, 0])
+    masks = torch.randint(-(2**31), 2**31, (2, 157), dtype=torch.int32)
+
+    def run(place: str, forbid: Callable[[Tensor, Tensor, Tensor], None]) -> Tensor:
+        own = logits.clone().to(place)
+        forbid(own, positions.to(place), masks.to(place))
+        return own.cpu().clamp(min=-10)
+
+    return Case(
+        "forbid",
+        lambda device, place: run(place, partial(sampling.launch_forbid, device)),
+        lambda: run("cpu", sampling.forbid_plainly),
+    )
