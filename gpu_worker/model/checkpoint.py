@@ -25,6 +25,7 @@ from gpu_worker.model.safetensors_file import (
 
 INDEX_NAME = "model.safetensors.index.json"
 _PLAIN_NAME = re.compile(r"[^/\\\0\ud800-\udfff]+\.safetensors")
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".pdparams", ".npz", ".h5", ".msgpack")
 Tensors = Mapping[str, StoredTensor]
 
 
@@ -88,8 +89,14 @@ def _file_names(folder: Path, problems: list[str]) -> list[str]:
         return _indexed_names(folder / INDEX_NAME, problems)
     names = sorted(file.name for file in folder.glob("*.safetensors"))
     if not names:
-        problems.append(f"{folder}: no *.safetensors file in it")
+        problems.append(f"{folder}: no *.safetensors file in it{_others(folder)}")
     return names
+
+
+def _others(folder: Path) -> str:
+    """Weights of other kinds, which are never read: a pickle may run code."""
+    found = sorted(file.name for file in folder.glob("*") if file.suffix in _OTHER_WEIGHTS)
+    return f"; {found[0]} is not read, convert it to safetensors first" if found else ""
 
 
 def _indexed_names(index: Path, problems: list[str]) -> list[str]:

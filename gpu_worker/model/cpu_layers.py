@@ -26,8 +26,7 @@ class CompiledLayers:
 
     def __call__(self, hidden_TD: torch.Tensor, batch: Batch, kv_cache: KVCache) -> torch.Tensor:
         """The final hidden state [T, D]; overwrites the one given."""
-        for layer, (keys, values) in zip(self.layers, kv_cache.layers, strict=True):
-            layer["keys"], layer["values"] = keys.data_ptr(), values.data_ptr()
+        self.layers["keys"], self.layers["values"] = kv_cache.addresses.T
         normed_TD: torch.Tensor = cpu.run_layers(
             self.model,
             self.layers,

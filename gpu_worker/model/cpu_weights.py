@@ -22,14 +22,17 @@ from torch import Tensor
 
 from cuda_kernels.compiled import cpu
 from cuda_kernels.cpu.panels import (
+    NARROW,
     Activations,
     PanelExpert,
     PanelExperts,
     PanelWeight,
     pack_dense,
+    pack_narrow,
     pack_wint2,
     pack_wint4,
     pack_wint8,
+    settle,
     stack_experts,
 )
 from cuda_kernels.formats import wint4, wint8
@@ -49,8 +52,11 @@ def has_panels(device: torch.device, dtype: torch.dtype) -> bool:
 def panel_linear(stored: StoredLinear, k_order: KOrder, activations: Activations = "float32") -> PanelWeight:
     """A dense layer's weight. WINT2 and WINT4 are the experts' formats, and are decoded here."""
     if stored.format == "wint8" and stored.is_one_weight:
-        return _with(activations, _quantized(stored, slice(None)))
-    return panel_dense(stored.dense(k_order))
+        return settle(_with(activations, _quantized(stored, slice(None))))
+    weight_NK = stored.dense(k_order)
+    if weight_NK.dtype == torch.float32 and len(weight_NK) <= NARROW:
+        return settle(_with("float32", pack_narrow(weight_NK)))
+    return settle(panel_dense(weight_NK))
 
 
 def panel_dense(weight_NK: Tensor) -> PanelWeight:
@@ -61,9 +67,9 @@ def panel_dense(weight_NK: Tensor) -> PanelWeight:
 def panel_head(weight_VD: Tensor, activations: Activations) -> PanelWeight:
     """A head of floats."""
     if activations == "float32":
-        return panel_dense(weight_VD)
+        return settle(panel_dense(weight_VD))
     weight_DV = F.pad(weight_VD.T, (0, 0, 0, -weight_VD.shape[1] % GROUP_SIZE))
-    return _with(activations, pack_wint8(wint8.quantize(weight_DV), weight_VD.shape[1]))
+    return settle(_with(activations, pack_wint8(wint8.quantize(weight_DV), weight_VD.shape[1])))
 
 
 def panel_experts(

@@ -19,6 +19,7 @@ import torch
 # All tensors of the 300B checkpoint take 6 MB of header; JSON of this size may take 20 times as much memory.
 MAX_HEADER_BYTES = 25_000_000
 MAX_DIMENSIONS = 8
+_LFS_POINTER = b"version "  # as which such a file begins; as a length it would be 2 exabytes
 
 # U16 is how Paddle's writers label bfloat16, having no numpy dtype for it.
 _DTYPES = {
@@ -121,15 +122,18 @@ class SafetensorsFile:
         spans: list[tuple[int, int, str]] = []
         tensors: dict[str, StoredTensor] = {}
         for name, entry in header.items():
-            problem = _entry_problem(entry, size - data_begin)
+            problem = _entry_problem(entry)
             if problem:
                 problems.append(f"{self.path.name}: tensor {name[:200]!r} {problem}")
                 continue
             begin, end = entry["data_offsets"]
             spans.append((begin, end, name))
+            if data_begin + end > size:
+                continue
             dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
             tensors[name] = StoredTensor(name, self, dtype, shape, data_begin + begin)
-        problems += [f"{self.path.name}: {overlap}" for overlap in _overlaps(spans)]
+        problems += [f"{self.path.name}: {problem}" for problem in _overlaps(spans)]
+        problems += [f"{self.path.name}: {problem}" for problem in _truncation(spans, size - data_begin)]
         if problems:
             raise HeaderError(problems)
         return tensors
@@ -137,6 +141,8 @@ class SafetensorsFile:
 
 def _read_header(name: str, prefix: bytes, size: int) -> int:
     """The header's length, checked against the file's."""
+    if prefix == _LFS_POINTER:
+        raise HeaderError([f"{name}: a Git LFS pointer, not the file itself: run `git lfs pull`"])
     length = int.from_bytes(prefix, "little")
     if size < 8:
         raise HeaderError([f"{name}: {size} bytes are too few for a safetensors file"])
@@ -165,7 +171,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def _entry_problem(entry: Any, data_bytes: int) -> str | None:
+def _entry_problem(entry: Any) -> str | None:
     """Why a tensor's header entry cannot be believed, or None."""
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         return "lacks dtype, shape or data_offsets"
@@ -176,8 +182,6 @@ def _entry_problem(entry: Any, data_bytes: int) -> str | None:
         return "has a shape that is no list of up to eight sizes"
     if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         return "has data_offsets that are no [begin, end]"
-    if offsets[1] > data_bytes:
-        return f"ends at byte {offsets[1]} of {data_bytes}: the file is truncated"
     expected = math.prod(shape) * _DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != expected:
         return f"of {dtype} {shape} needs {expected} bytes, its data_offsets span {offsets[1] - offsets[0]}"
@@ -187,6 +191,17 @@ def _entry_problem(entry: Any, data_bytes: int) -> str | None:
 def _are_sizes(values: Any) -> bool:
     """A list of sizes below 2^63; `bool` is an int to Python, not to us."""
     return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**63 for v in values)
+
+
+def _truncation(spans: list[tuple[int, int, str]], data_bytes: int) -> Iterable[str]:
+    """One line, however many tensors are cut off."""
+    beyond = [name for _, end, name in spans if end > data_bytes]
+    if beyond:
+        needed = max(end for _, end, _ in spans)
+        yield (
+            f"the file is truncated: it has {data_bytes} bytes of tensors, its header tells of {needed}; "
+            f"{len(beyond)} of {len(spans)} tensors are not whole, {beyond[0][:200]!r} among them"
+        )
 
 
 def _overlaps(spans: list[tuple[int, int, str]]) -> Iterable[str]:

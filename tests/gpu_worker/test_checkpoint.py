@@ -185,6 +185,14 @@ def test_hugging_faces_cache_is_made_of_links(tiny, expected):
     assert torch.equal(logits(load(snapshot)), expected)
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.gguf", "model_state.pdparams"])
+def test_weights_of_another_kind_are_named_and_never_opened(tiny, name):
+    (tiny / "model.safetensors").unlink()
+    os.mkfifo(tiny / name)  # opening it would wait for ever
+    message = f"no *.safetensors file in it; {name} is not read, convert it to safetensors first"
+    assert problems(tiny) == (f"{tiny}: {message}",)
+
+
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
 def test_what_is_no_file_is_not_waited_for(tiny, make):
     make(tiny / "other.safetensors")

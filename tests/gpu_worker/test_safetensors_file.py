@@ -101,10 +101,21 @@ def test_a_header_that_claims_to_be_huge_allocates_nothing(tmp_path, length):
     tracemalloc.stop()
 
 
+def test_a_pointer_of_git_lfs_is_named_so(tmp_path):
+    file = tmp_path / "pointer.safetensors"
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    with pytest.raises(HeaderError, match="a Git LFS pointer, not the file itself: run `git lfs pull`"):
+        SafetensorsFile(file)
+
+
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        ({"a": {"dtype": "U8", "shape": [4], "data_offsets": [0, 9]}}, "the file is truncated"),
+        (
+            {n: {"dtype": "U8", "shape": [4], "data_offsets": [i, i + 4]} for i, n in ((4, "a"), (8, "b"))},
+            "fuzzed.safetensors: the file is truncated: it has 8 bytes of tensors, its header tells of 12; "
+            "1 of 2 tensors are not whole, 'b' among them",
+        ),
         (
             {"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}},
             "needs 16 bytes",
