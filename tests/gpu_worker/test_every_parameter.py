@@ -64,7 +64,8 @@ EFFECTS: dict[str, tuple[dict[str, Any], Any]] = {
 
 
 def test_every_parameter_is_here():
-    texts = {"stop", "bad_words"}  # the detokenizer's, and token ids by the time they come here
+    # Of texts: what the detokenizer does, and what are token ids by the time they come here.
+    texts = {"stop", "include_stop_str_in_output", "skip_special_tokens", "bad_words"}
     assert EFFECTS.keys() == {one.name for one in fields(SamplingParams)} - texts == set(WIRE_PARAM_NAMES)
 
 
@@ -79,12 +80,7 @@ def llm(tmp_path_factory):
     return LLM(make_tiny_model(tmp_path_factory.mktemp("tiny"), quantized=False), num_kv_blocks=64)
 
 
-LLM_EFFECTS = {
-    name: effect for name, effect in EFFECTS.items() if name not in ("stop_token_ids", "bad_words_token_ids")
-}
-
-
-@pytest.mark.parametrize("name", [*LLM_EFFECTS, "stop_token_ids", "bad_words", "stop"])
+@pytest.mark.parametrize("name", sorted({*EFFECTS, "bad_words", "stop"} - {"bad_words_token_ids"}))
 def test_it_changes_what_llm_gives(llm, name):
     (free,) = llm.generate("the thing", SamplingParams(**GREEDY), use_tqdm=False)
     own = {
@@ -94,7 +90,7 @@ def test_it_changes_what_llm_gives(llm, name):
         "min_tokens": ({"temperature": 0.0, "max_tokens": 12, "logit_bias": {2: 100}}, 6),
         "ignore_eos": ({"temperature": 0.0, "max_tokens": 12, "logit_bias": {2: 100}}, True),
     }
-    rest, value = own.get(name) or LLM_EFFECTS[name]
+    rest, value = own.get(name) or EFFECTS[name]
     with_it, without = (
         llm.generate("the thing", SamplingParams(**wishes), use_tqdm=False)[0]
         for wishes in (rest | {name: value}, rest)
@@ -103,6 +99,5 @@ def test_it_changes_what_llm_gives(llm, name):
 
 
 def told(output: Any) -> object:
-    return [
-        (one.token_ids, one.text, one.finish_reason, one.logprobs) for one in output.outputs
-    ], output.prompt_logprobs
+    completions = [(one.token_ids, one.text, one.finish_reason, one.logprobs) for one in output.outputs]
+    return completions, output.prompt_logprobs
