@@ -1,12 +1,13 @@
 """Memory for weights in pages of 2 MiB, where the system grants them.
 
 A token reads every weight once, and with small pages nearly every 4 KiB of it cost a walk of the page tables.
-Weights lie in the order in which they come, which is that in which a step reads them: what is fetched past the
-end of one is the beginning of the next.
+Weights lie in the order in which they come, which is that in which a step reads them: what is fetched past
+the end of one is the beginning of the next.
 """
 
 from __future__ import annotations
 
+import math
 import mmap
 import threading
 from functools import cache
@@ -25,18 +26,20 @@ class Arena:
         self._lock = threading.Lock()
         self._rest = torch.empty(0, dtype=torch.uint8)
 
-    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The same contiguous values, in a place of the arena's."""
-        target = self._take(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
-        return target.copy_(tensor)
-
-    def _take(self, num_bytes: int) -> torch.Tensor:
+    def empty(self, *shape: int) -> torch.Tensor:
+        """Bytes of no particular value, at the beginning of a cache line."""
+        num_bytes = math.prod(shape)
         size = -(-num_bytes // _LINE) * _LINE
         with self._lock:
             if size > len(self._rest):
                 self._rest = _chunk(max(size, _CHUNK))
             taken, self._rest = self._rest[:num_bytes], self._rest[size:]
-        return taken
+        return taken.view(shape)
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The same values in memory of the arena."""
+        target = self.empty(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
+        return target.copy_(tensor)
 
 
 def _chunk(num_bytes: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ from cuda_kernels.cpu.arrays import Floats, Ints, SmallInts
 from cuda_kernels.cpu.elementwise import clear_row, divide_row, soften_row, transpose
 from cuda_kernels.cpu.kernels import multiply
 from cuda_kernels.cpu.linear import PANEL_BYTES
-from cuda_kernels.cpu.team import add, run
+from cuda_kernels.cpu.team import enter, run, take
 from cuda_kernels.cpu.vector import LANES, keep, pointer
 
 _TILE_TOKENS = 16
@@ -37,9 +37,9 @@ FLOAT32, BFLOAT16, INT8, BYTE = range(4)
 
 @numba.njit(nogil=True, cache=True)
 def _keys_to_panel(rows: Ints, num_keys: int, head_bytes: int, panel: int) -> None:
-    """Key rows to columns of a panel; columns past `num_keys` repeat the last key."""
+    """Key rows to columns of a panel; past `num_keys`, where nobody looks, some repeat the last key."""
     lanes = np.empty(LANES, np.int64)
-    for block in range(0, _TILE_KEYS, LANES):
+    for block in range(0, num_keys, LANES):
         for lane in range(LANES):
             lanes[lane] = rows[min(block + lane, num_keys - 1)]
         for at in range(0, head_bytes, 4 * LANES):
@@ -203,7 +203,7 @@ def job(arguments: int) -> None:
     panel = np.empty(head_bytes // 4 * _TILE_KEYS, np.float32)
     room = np.empty(1 if form[0] == FLOAT32 else panel.size, np.float32)
     cached_bytes = head_bytes >> min(form[0], 2)
-    item = add(arguments, 1)
+    item, place = take(arguments, enter(arguments), len(tiles) * num_kv_heads)
     while item < len(tiles) * num_kv_heads:
         # The last tiles of a prompt see the most keys: they come first.
         tile, head = len(tiles) - 1 - item // num_kv_heads, item % num_kv_heads
@@ -222,7 +222,7 @@ def job(arguments: int) -> None:
         num_rows, blocks = (end - first) * group, block_tables[sequence]
         cached = span, head_cache, form, head_scales, room
         _attend(kernels, rows, states, panel, num_rows, group, *cached, blocks, head_bytes, scale)
-        item = add(arguments, 1)
+        item, place = take(arguments, place, len(tiles) * num_kv_heads)
     keep(scores)
 
 
@@ -270,7 +270,7 @@ def attention(
     given[14], given[15] = tiles.ctypes.data, len(tiles)
     given[16], given[17], given[18], given[19], given[20] = step[0], step[1], step[2], step[3], step[4]
     given[21], given[22], given[23], given[24] = form[0], form[1], form[2], form[3]
-    run(team, share, given.ctypes.data)
+    run(team, ((share, given.ctypes.data),))
     keep(factor)
     keep(tiles)
     keep(given)

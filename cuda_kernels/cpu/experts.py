@@ -20,7 +20,7 @@ from cuda_kernels.cpu.kernels import multiply
 from cuda_kernels.cpu.linear import CHUNK, PANEL_BYTES
 from cuda_kernels.cpu.panels import PANEL
 from cuda_kernels.cpu.quantized import GROUP_BYTES, quantize_group, quantize_rows
-from cuda_kernels.cpu.team import add, run
+from cuda_kernels.cpu.team import enter, run, take
 from cuda_kernels.cpu.vector import keep, pointer
 
 # Columns of the experts' table: the addresses of a projection's panels, and beside it of its column scales.
@@ -31,7 +31,8 @@ _GATE, _UP, _DOWN = 0, 2, 4
 # slots; bytes of 64 hidden features in h, which may be quantized.
 _NUM_GIVEN = 20
 
-Sizes = tuple[int, int, int]  # values of x, bytes of a panel, panels
+Kept = tuple[Floats, Bytes, Bytes, Floats, Ints, Ints, Ints]
+Sizes = tuple[int, int, int]  # values of x, bytes from a panel to the next, panels
 
 
 @numba.njit(nogil=True, cache=True)
@@ -63,16 +64,16 @@ def _pieces(starts: Ints) -> Ints:
 
 
 @numba.njit(nogil=True, cache=True)
-def _panel(addresses: Ints, projection: int, panel: int, panel_bytes: int) -> tuple[int, int]:
+def _panel(addresses: Ints, projection: int, panel: int, stride: int) -> tuple[int, int]:
     """Where one panel and its column scales are; 0 for no scales."""
     scale = addresses[projection + 1]
-    return addresses[projection] + panel * panel_bytes, scale + panel * PANEL_BYTES if scale else 0
+    return addresses[projection] + panel * stride, scale + panel * PANEL_BYTES if scale else 0
 
 
 def up_gate_job(arguments: int) -> None:
     """Pass 1: take items until there is none left."""
     given = carray(pointer(arguments), (_NUM_GIVEN,), np.int64)
-    kernel, num_k, panel_bytes, num_panels = given[1], given[2], given[3], given[4]
+    kernel, num_k, stride, num_panels = given[1], given[2], given[3], given[4]
     num_activated, num_rows, num_pieces = given[10], given[11], given[12]
     x, x_bytes, h, h_bytes, h_part = given[5], given[14], given[6], given[9], given[19]
     table = carray(pointer(given[7]), (given[8], 6), np.int64)
@@ -84,14 +85,14 @@ def up_gate_job(arguments: int) -> None:
     rows, hidden = np.empty((3, CHUNK), np.int64), np.empty(PANEL, np.float32)
     for row in range(CHUNK):
         rows[1, row], rows[2, row] = gate[row].ctypes.data, up[row].ctypes.data
-    item = add(arguments, 1)
-    while item < len(pieces) * num_panels:
+    item, place = take(arguments, enter(arguments), num_pieces * num_panels)
+    while item < num_pieces * num_panels:
         piece, panel = pieces[item // num_panels], item % num_panels
         expert, first, end = piece[0], piece[1], piece[2]
         for row in range(first, end):
             rows[0, row - first] = x + choices[row] // num_activated * x_bytes
         for target, projection in ((1, _GATE), (2, _UP)):
-            panels, scale = _panel(table[expert], projection, panel, panel_bytes)
+            panels, scale = _panel(table[expert], projection, panel, stride)
             source, sums = rows[0].ctypes.data, rows[target].ctypes.data
             multiply(kernel, source, sums, end - first, panels, scale, num_k, 0)
         for row in range(first, end):
@@ -104,7 +105,7 @@ def up_gate_job(arguments: int) -> None:
                 quantize_group(hidden.ctypes.data, target)
             else:
                 copy_row(hidden.ctypes.data, target, PANEL)
-        item = add(arguments, 1)
+        item, place = take(arguments, place, num_pieces * num_panels)
     keep(rows)
     keep(hidden)
     keep(gate)
@@ -126,7 +127,7 @@ def _first_row(choices: Ints, low: int, high: int, choice: int) -> int:
 def down_job(arguments: int) -> None:
     """Pass 2: take items until there is none left."""
     given = carray(pointer(arguments), (_NUM_GIVEN,), np.int64)
-    kernel, num_k, panel_bytes, num_panels = given[1], given[2], given[3], given[4]
+    kernel, num_k, stride, num_panels = given[1], given[2], given[3], given[4]
     num_activated, num_rows, run_length = given[10], given[11], given[12]
     h, h_bytes = given[6], given[9]
     table = carray(pointer(given[7]), (given[8], 6), np.int64)
@@ -135,8 +136,9 @@ def down_job(arguments: int) -> None:
     choices = carray(pointer(given[16]), (num_rows,), np.int64)
     rows = np.empty((2, run_length), np.int64)
     num_runs = (len(y) + run_length - 1) // run_length
-    item = add(arguments, 1)
-    while item < num_runs * num_panels:
+    num_items = num_runs * num_panels
+    item, place = take(arguments, enter(arguments), num_items)
+    while item < num_items:
         panel, token = item // num_runs, item % num_runs * run_length
         end = min(token + run_length, len(y))
         for t in range(token, end):
@@ -147,9 +149,9 @@ def down_job(arguments: int) -> None:
             for row in range(first, last):
                 rows[0, row - first] = h + row * h_bytes
                 rows[1, row - first] = y[choices[row] // num_activated, panel * PANEL :].ctypes.data
-            panels, scale = _panel(table[expert], _DOWN, panel, panel_bytes)
+            panels, scale = _panel(table[expert], _DOWN, panel, stride)
             multiply(kernel, rows[0].ctypes.data, rows[1].ctypes.data, last - first, panels, scale, num_k, 1)
-        item = add(arguments, 1)
+        item, place = take(arguments, place, num_items)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -173,23 +175,7 @@ def _choices(ids: int, weights: int, num_tokens: int, num_activated: int) -> tup
 
 
 @numba.njit(nogil=True, cache=True)
-def _keep_all(
-    inputs: Floats,
-    levels: Bytes,
-    h: Bytes,
-    weights: Floats,
-    choices: Ints,
-    pieces: Ints,
-    starts: Ints,
-    given: Ints,
-) -> None:
-    """Hold what jobs were given addresses of until here."""
-
-
-@numba.njit(nogil=True, cache=True)
-def experts(
-    team: tuple[int, int],
-    shares: tuple[int, int],
+def prepare(
     kernels: tuple[int, int],
     quantizes: tuple[bool, bool],
     tables: tuple[int, int, int, int, int],
@@ -198,8 +184,8 @@ def experts(
     x: tuple[int, int, int],
     routing: tuple[int, int, int],
     y: int,
-) -> None:
-    """y = Σ weight · expert(x). `shares`: the two compiled jobs.
+) -> tuple[Ints, Ints, Kept]:
+    """What the two jobs take for y = Σ weight · expert(x), and what must be kept until they are done.
 
     `tables`: the experts' table, its length, the order of the inputs, its length (0: as they are), the slots;
     `x`: address, tokens, width; `routing`: ids, weights, experts a token.
@@ -221,9 +207,30 @@ def experts(
     given[9], given[10], given[11], given[12] = h.shape[1], num_activated, len(choices), len(pieces)
     given[13], given[14], given[15], given[19] = x[1], x_bytes, pieces.ctypes.data, h_part
     given[16], given[17], given[18] = choices.ctypes.data, weights.ctypes.data, tables[4]
-    run(team, shares[0], given.ctypes.data)
-    given[0], given[1], given[2], given[3], given[4] = 0, kernels[1], down[0], down[1], down[2]
+    second = given.copy()
+    second[1], second[2], second[3], second[4] = kernels[1], down[0], down[1], down[2]
     # As many tokens as give an expert CHUNK rows, if all experts are liked alike.
-    given[5], given[12], given[15] = y, CHUNK * max(1, tables[1] // num_activated), starts.ctypes.data
-    run(team, shares[1], given.ctypes.data)
-    _keep_all(inputs, levels, h, weights, choices, pieces, starts, given)
+    second[5], second[12], second[15] = y, CHUNK * max(1, tables[1] // num_activated), starts.ctypes.data
+    return given, second, (inputs, levels, h, weights, choices, pieces, starts)
+
+
+@numba.njit(nogil=True, cache=True)
+def experts(
+    team: tuple[int, int],
+    shares: tuple[int, int],
+    kernels: tuple[int, int],
+    quantizes: tuple[bool, bool],
+    tables: tuple[int, int, int, int, int],
+    up_gate: Sizes,
+    down: Sizes,
+    x: tuple[int, int, int],
+    routing: tuple[int, int, int],
+    y: int,
+) -> None:
+    """y = Σ weight · expert(x) by the two compiled jobs `shares`; see `prepare`."""
+    first, second, kept = prepare(kernels, quantizes, tables, up_gate, down, x, routing, y)
+    run(team, ((shares[0], first.ctypes.data),))
+    run(team, ((shares[1], second.ctypes.data),))
+    keep(first)
+    keep(second)
+    keep(kept)

@@ -15,13 +15,14 @@ from numba import types
 from cuda_kernels.cpu import dots, tiles
 from cuda_kernels.cpu import vector as v
 from cuda_kernels.cpu.panels import KernelName
-from cuda_kernels.cpu.vector import I64, Builder, Value
+from cuda_kernels.cpu.vector import I64, LANES, Builder, Value
 
 Kernel = Callable[[int, int, int, int, int, int, int], None]
 
 _SIGNATURE = types.void(*[types.int64] * 7)
 
 _float32 = tiles.panel_product(tiles.decode_float32)
+_narrow = tiles.panel_product(tiles.decode_narrow, LANES)
 _bfloat16 = tiles.panel_product(tiles.decode_bfloat16)
 _wint8 = tiles.panel_product(tiles.decode_wint8)
 _wint4 = tiles.panel_product(tiles.decode_wint4)
@@ -35,6 +36,10 @@ _wint2_dot = dots.panel_dot(dots.find_wint2, zero=32)
 # Plain functions, one a kernel: Numba finds compiled code again by a function's module, name and line.
 def _multiply_float32(x: int, y: int, n: int, panel: int, scale: int, k: int, adds: int) -> None:
     _float32(x, y, n, panel, scale, k, adds)
+
+
+def _multiply_narrow(x: int, y: int, n: int, panel: int, scale: int, k: int, adds: int) -> None:
+    _narrow(x, y, n, panel, scale, k, adds)
 
 
 def _multiply_bfloat16(x: int, y: int, n: int, panel: int, scale: int, k: int, adds: int) -> None:
@@ -71,6 +76,7 @@ def _dot_wint2(x: int, y: int, n: int, panel: int, scale: int, k: int, adds: int
 
 _KERNELS: dict[KernelName, Kernel] = {
     "float32": _multiply_float32,
+    "narrow": _multiply_narrow,
     "bfloat16": _multiply_bfloat16,
     "wint8": _multiply_wint8,
     "wint4": _multiply_wint4,

@@ -12,13 +12,15 @@ from typing import Any, TypeVar
 import numba
 import numpy as np
 
-from cuda_kernels.cpu.arrays import Floats, SmallInts
+from cuda_kernels.cpu.arrays import Bytes, Floats, Ints, SmallInts
 from cuda_kernels.cpu.attention import FLOAT32, attention
 from cuda_kernels.cpu.elementwise import add_row
-from cuda_kernels.cpu.experts import experts
-from cuda_kernels.cpu.linear import linear
+from cuda_kernels.cpu.experts import Kept
+from cuda_kernels.cpu.experts import prepare as prepare_experts
+from cuda_kernels.cpu.linear import prepare as prepare_linear
 from cuda_kernels.cpu.panels import PANEL
 from cuda_kernels.cpu.rows import add_rms_norm, kv_store, rope, route
+from cuda_kernels.cpu.team import run
 from cuda_kernels.cpu.vector import keep
 
 
@@ -26,7 +28,7 @@ def _integers(names: str) -> list[tuple[str, type]]:
     return [(name, np.int64) for name in names.split()]
 
 
-LINEAR = np.dtype(_integers("kernel panels panel_bytes num_panels scale num_k quantizes"))
+LINEAR = np.dtype(_integers("kernel panels stride num_panels scale num_k quantizes"))
 # `table` is 0 where there is no such network.
 NETWORK = np.dtype(
     [*_integers("table num_experts order order_length slots"), ("up", LINEAR), ("down", LINEAR)]
@@ -51,6 +53,7 @@ STEP = np.dtype(
 )
 
 Record = Any
+ExpertWork = tuple[Ints, Ints, Kept]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -63,22 +66,29 @@ def _inner(function: _F) -> _F:
 
 
 @_inner
-def _multiply(step: Record, weight: Record, x: Floats) -> Floats:
-    """x [T, K] times the weight: [T, whole panels]."""
-    y = np.empty((len(x), weight.num_panels * PANEL), np.float32)
-    linear(
-        (step.state, step.give_way),
-        step.linear_job,
+def _prepare_linear(step: Record, weight: Record, x: Floats, y: Floats) -> tuple[Ints, Bytes]:
+    """What the job takes for y = x · W, and what must be kept until it is done."""
+    return prepare_linear(
         weight.kernel,
         (x.ctypes.data, 4 * x.shape[1]),
         (y.ctypes.data, 4 * y.shape[1]),
         len(x),
-        (weight.panels, weight.panel_bytes, weight.num_panels),
+        (weight.panels, weight.stride, weight.num_panels),
         weight.scale,
         weight.num_k,
         weight.quantizes != 0,
     )
+
+
+@_inner
+def _multiply(step: Record, weight: Record, x: Floats) -> Floats:
+    """x [T, K] times the weight: [T, whole panels]."""
+    y = np.empty((len(x), weight.num_panels * PANEL), np.float32)
+    given, levels = _prepare_linear(step, weight, x, y)
+    run((step.state, step.give_way), ((step.linear_job, given.ctypes.data),))
     keep(x)
+    keep(given)
+    keep(levels)
     return y
 
 
@@ -110,54 +120,60 @@ def _attend(step: Record, layer: Record, x: Floats) -> Floats:
 
 
 @_inner
-def _run(step: Record, network: Record, x: Floats, routing: tuple[int, int, int]) -> Floats:
-    """The chosen experts' weighted sum; without ids and weights the one network there is."""
-    y = np.empty(x.shape, np.float32)
+def _prepare_experts(network: Record, x: Floats, routing: tuple[int, int, int], y: Floats) -> ExpertWork:
+    """What the two jobs take, and what must be kept until they are done; nothing to do without a network."""
     up, down = network.up, network.down
-    experts(
-        (step.state, step.give_way),
-        (step.up_gate_job, step.down_job),
+    return prepare_experts(
         (up.kernel, down.kernel),
         (up.quantizes != 0, down.quantizes != 0),
-        (network.table, network.num_experts, network.order, network.order_length, network.slots),
-        (up.num_k, up.panel_bytes, up.num_panels),
-        (down.num_k, down.panel_bytes, down.num_panels),
+        (network.table, max(1, network.num_experts), network.order, network.order_length, network.slots),
+        (up.num_k, up.stride, up.num_panels),
+        (down.num_k, down.stride, down.num_panels),
         (x.ctypes.data, len(x), x.shape[1]),
         routing,
         y.ctypes.data,
     )
-    keep(x)
-    return y
 
 
 @_inner
-def _choose(step: Record, layer: Record, x: Floats, ids: SmallInts, weights: Floats) -> None:
+def _choose(step: Record, layer: Record, logits: Floats, ids: SmallInts, weights: Floats) -> None:
     """Which experts take each token."""
-    logits = _multiply(step, layer.router, x)
-    shape = logits.ctypes.data, len(x), step.num_experts, logits.shape[1]
+    shape = logits.ctypes.data, len(logits), step.num_experts, logits.shape[1]
     route(shape, layer.bias, step.norm_min, ids.ctypes.data, weights.ctypes.data, step.num_activated)
-    keep(logits)
 
 
 @_inner
 def _feed_forward(step: Record, layer: Record, x: Floats) -> Floats:
-    """The experts that the router chooses, and the shared one."""
-    y = np.zeros(x.shape, np.float32)
+    """The experts that the router chooses plus the shared one, in three jobs.
+
+    router, shared gate and up | chosen experts' gate and up | everyone's down
+    """
+    team = step.state, step.give_way
+    y, shared = np.zeros(x.shape, np.float32), np.zeros(x.shape, np.float32)
+    logits = np.empty((len(x), layer.router.num_panels * PANEL), np.float32)
+    router, levels = _prepare_linear(step, layer.router, x, logits)
+    shared_up, shared_down, kept = _prepare_experts(layer.shared, x, (0, 0, 1), shared)
+    linear_job, up_gate_job, down_job = step.linear_job, step.up_gate_job, step.down_job
+    run(team, ((linear_job, router.ctypes.data), (up_gate_job, shared_up.ctypes.data)))
     ids = np.empty((len(x), step.num_activated), np.int32)
     weights = np.empty((len(x), step.num_activated), np.float32)
+    routing: tuple[Any, Any, Any] = 0, 0, 1
     if layer.routed.table:
-        _choose(step, layer, x, ids, weights)
-    for part in range(2):
-        network, routing = layer.routed, (ids.ctypes.data, weights.ctypes.data, step.num_activated)
-        if part == 1:
-            network, routing = layer.shared, (0, 0, 1)
-        if network.table:
-            sums = _run(step, network, x, routing)
-            add_row(y.ctypes.data, sums.ctypes.data, y.ctypes.data, y.size)
-            keep(sums)
-    keep(ids)
-    keep(weights)
+        _choose(step, layer, logits, ids, weights)
+        routing = np.int64(ids.ctypes.data), np.int64(weights.ctypes.data), step.num_activated
+    up, down, kept_too = _prepare_experts(layer.routed, x, routing, y)
+    run(team, ((up_gate_job, up.ctypes.data),))
+    run(team, ((down_job, down.ctypes.data), (down_job, shared_down.ctypes.data)))
+    add_row(y.ctypes.data, shared.ctypes.data, y.ctypes.data, y.size)
+    _keep_all((x, shared, logits, weights), (router, shared_up, shared_down, up, down), ids, levels)
+    keep(kept)
+    keep(kept_too)
     return y
+
+
+@_inner
+def _keep_all(floats: Any, numbers: Any, ids: SmallInts, levels: Bytes) -> None:
+    """Hold what jobs were given addresses of until here."""
 
 
 @_inner

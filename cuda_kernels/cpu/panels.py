@@ -4,6 +4,7 @@ A weight [K, N] becomes ceil(N / 64) panels, one after another, columns filled u
 64 columns lie side by side:
 
     float32, bfloat16   K rows of 64 elements
+    narrow              K rows of 16 float32: all there is of a weight of so few columns, as a router's
     wint8               K/4 rows of 64 × 4 bytes: a column's levels of k = 4r .. 4r+3, + 128
     wint4               K/8 rows of 64 × 4 bytes: k = 8r .. 8r+3 in the low nibbles, the next four in the high
                             ones, + 8
@@ -35,7 +36,9 @@ from cuda_kernels.formats.wint8 import Wint8Weight
 PANEL = 64
 CODE_ROWS = GROUP_SIZE // 4
 
-Format = Literal["float32", "bfloat16", "wint8", "wint4", "wint2"]
+NARROW = 16
+
+Format = Literal["float32", "narrow", "bfloat16", "wint8", "wint4", "wint2"]
 DotName = Literal["wint8_dot", "wint4_dot", "wint2_dot"]
 KernelName = Format | DotName | Literal["scattered"]
 Activations = Literal["float32", "int8"]
@@ -43,7 +46,10 @@ Activations = Literal["float32", "int8"]
 
 @dataclass(frozen=True, eq=False)
 class PanelWeight:
-    """A weight in panels: bytes [J, panel bytes], and float32 [J · 64] column scales where it has them."""
+    """A weight in panels: bytes [J, panel bytes], and float32 [J · 64] column scales where it has them.
+
+    Panels may lie apart.
+    """
 
     format: Format
     data_JB: torch.Tensor
@@ -75,8 +81,9 @@ class PanelWeight:
         return self.data_JB.shape[0]
 
     @property
-    def panel_bytes(self) -> int:
-        return self.data_JB.shape[1]
+    def panel_stride(self) -> int:
+        """Bytes from one panel to the next."""
+        return self.data_JB.stride(0)
 
     @property
     def nbytes(self) -> int:
@@ -89,13 +96,13 @@ class PanelWeight:
 
     @cached_property
     def panels(self) -> tuple[int, int, int]:
-        """Their address, the bytes of one, how many."""
-        return self.addresses[0], self.panel_bytes, self.num_panels
+        """The address of the first, the bytes from one to the next, how many."""
+        return self.addresses[0], self.panel_stride, self.num_panels
 
     @cached_property
     def sizes(self) -> tuple[int, int, int]:
-        """Values of x, bytes of a panel, panels."""
-        return self.num_k, self.panel_bytes, self.num_panels
+        """Values of x, bytes from one panel to the next, panels."""
+        return self.num_k, self.panel_stride, self.num_panels
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -135,14 +142,40 @@ class PanelExperts:
         return self.table.data_ptr(), len(self.table), order.data_ptr(), len(order), self.slots.data_ptr()
 
 
+def settle(weight: PanelWeight) -> PanelWeight:
+    """The weight in the memory where it stays."""
+    return _settle(weight, weight_arena().empty(*weight.data_JB.shape))
+
+
+def _settle(weight: PanelWeight, place_JB: torch.Tensor) -> PanelWeight:
+    scale = None if weight.scale_N is None else weight_arena().copy(weight.scale_N)
+    return replace(weight, data_JB=place_JB.copy_(weight.data_JB), scale_N=scale)
+
+
 def stack_experts(experts: Sequence[PanelExpert], k_order: KOrder) -> PanelExperts:
-    """`k_order` is that of the WINT2 weights."""
-    rows = [(*e.gate.addresses, *e.up.addresses, *e.down.addresses) for e in experts]
+    """Experts of equal shapes in the memory where they stay; `k_order` is that of the WINT2 weights."""
+    settled = _settle_experts(experts)
+    rows = [(*e.gate.addresses, *e.up.addresses, *e.down.addresses) for e in settled]
     gate, down = experts[0].gate, experts[0].down
     needs_order = gate.format == "wint2" or gate.num_k != gate.num_inputs
     input_order = _order(gate, k_order) if needs_order else torch.empty(0, dtype=torch.int64)
     slots = slot_rows(PANEL, k_order) if down.format == "wint2" else torch.arange(PANEL)
-    return PanelExperts(tuple(experts), torch.tensor(rows), input_order, slots)
+    return PanelExperts(settled, torch.tensor(rows), input_order, slots)
+
+
+def _settle_experts(experts: Sequence[PanelExpert]) -> tuple[PanelExpert, ...]:
+    """As they are read: a panel of gate with that of up, and panel by panel all experts' down."""
+    gate_JB, down_JB = experts[0].gate.data_JB, experts[0].down.data_JB
+    inner_EJ2B = weight_arena().empty(len(experts), len(gate_JB), 2, gate_JB.shape[1])
+    down_JEB = weight_arena().empty(len(down_JB), len(experts), down_JB.shape[1])
+    return tuple(
+        PanelExpert(
+            _settle(expert.gate, inner_EJ2B[index, :, 0]),
+            _settle(expert.up, inner_EJ2B[index, :, 1]),
+            _settle(expert.down, down_JEB[:, index]),
+        )
+        for index, expert in enumerate(experts)
+    )
 
 
 def _order(weight: PanelWeight, k_order: KOrder) -> torch.Tensor:
@@ -153,6 +186,15 @@ def pack_dense(weight_NK: torch.Tensor) -> PanelWeight:
     """A float32 or bfloat16 weight [N, K]."""
     name: Format = "bfloat16" if weight_NK.dtype == torch.bfloat16 else "float32"
     return _pack(name, weight_NK.T, None, weight_NK.shape[1])
+
+
+def pack_narrow(weight_NK: torch.Tensor) -> PanelWeight:
+    """A float32 weight of up to 16 outputs, for `linear`."""
+    num_outputs, num_inputs = weight_NK.shape
+    rows_KN = F.pad(weight_NK.T, (0, NARROW - num_outputs)).contiguous()
+    return PanelWeight(
+        "narrow", rows_KN.view(torch.uint8).view(1, -1), None, num_inputs, num_outputs, num_inputs
+    )
 
 
 def pack_wint8(weight: Wint8Weight, num_inputs: int) -> PanelWeight:
@@ -177,19 +219,14 @@ def pack_wint2(weight: Wint2Weight, num_inputs: int) -> PanelWeight:
     if num_groups % 2:
         pairs = pairs[:, : -CODE_ROWS * PANEL]
     data = torch.cat((parameters.view(torch.uint8).flatten(1), pairs), dim=1)
-    return _settle("wint2", data, weight.super_scales, num_inputs, num_columns, num_groups * GROUP_SIZE)
+    scale = _column_scale(weight.super_scales)
+    return PanelWeight("wint2", data, scale, num_inputs, num_columns, num_groups * GROUP_SIZE)
 
 
 def _pack(name: Format, rows_KN: torch.Tensor, scale_N: torch.Tensor | None, num_inputs: int) -> PanelWeight:
+    scale = None if scale_N is None else _column_scale(scale_N)
     data = _panels(rows_KN).view(torch.uint8).flatten(1)
-    return _settle(name, data, scale_N, num_inputs, rows_KN.shape[1], num_inputs)
-
-
-def _settle(name: Format, data_JB: torch.Tensor, scale_N: torch.Tensor | None, *sizes: int) -> PanelWeight:
-    """The weight in the memory where it stays."""
-    arena = weight_arena()
-    scale = None if scale_N is None else arena.copy(F.pad(scale_N.float(), (0, -len(scale_N) % PANEL)))
-    return PanelWeight(name, arena.copy(data_JB), scale, *sizes)
+    return PanelWeight(name, data, scale, num_inputs, rows_KN.shape[1], num_inputs)
 
 
 def _to_groups(levels_KN: torch.Tensor) -> torch.Tensor:
@@ -214,3 +251,7 @@ def _panels(rows_KN: torch.Tensor) -> torch.Tensor:
     missing = -rows_KN.shape[1] % PANEL
     panels: torch.Tensor = F.pad(rows_KN, (0, missing)).unflatten(1, (-1, PANEL))
     return panels.transpose(0, 1).contiguous()
+
+
+def _column_scale(scale_N: torch.Tensor) -> torch.Tensor:
+    return F.pad(scale_N.float(), (0, -len(scale_N) % PANEL))

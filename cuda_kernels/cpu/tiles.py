@@ -32,11 +32,11 @@ Use = Callable[[Value, list[Value]], None]
 Decode = Callable[[Builder, Value, Value, Use], None]
 
 
-def panel_product(decode: Decode) -> Any:
+def panel_product(decode: Decode, num_columns: int = PANEL) -> Any:
     """The kernel of a format: f(x_rows, y_rows, num_rows, panel, scale, num_k, adds).
 
-    `x_rows` and `y_rows` point to the rows' addresses, `scale` to 64 floats or is 0; y = scale · sums, plus
-    what y held if `adds` is not 0.
+    `x_rows` and `y_rows` point to the rows' addresses, `scale` to a float for each column or is 0; y is scale
+    times the sums, plus what y held if `adds` is not 0.
     """
 
     def emit(builder: Builder, x_rows: Value, y_rows: Value, num_rows: Value, *panel: Value) -> None:
@@ -46,7 +46,7 @@ def panel_product(decode: Decode) -> Any:
             with cgutils.for_range(builder, count) as loop:
                 first = builder.add(done, v.scaled(builder, loop.index, size))
                 x, y = (builder.add(rows, v.scaled(builder, first, 8)) for rows in (x_rows, y_rows))
-                _tile(builder, decode, size, x, y, *panel)
+                _tile(builder, decode, num_columns // LANES, size, x, y, *panel)
             done = builder.add(done, v.scaled(builder, count, size))
 
     return v.kernel(emit, 7)
@@ -55,6 +55,7 @@ def panel_product(decode: Decode) -> Any:
 def _tile(
     builder: Builder,
     decode: Decode,
+    num_vectors: int,
     num_rows: int,
     x_rows: Value,
     y_rows: Value,
@@ -64,7 +65,7 @@ def _tile(
     adds: Value,
 ) -> None:
     rows = [v.load(builder, v.offset(builder, x_rows, 8 * row), I64) for row in range(num_rows)]
-    sums = [[_zero(builder) for _ in range(_VECTORS)] for _ in rows]
+    sums = [[_zero(builder) for _ in range(num_vectors)] for _ in rows]
 
     def use(k: Value, weights: list[Value]) -> None:
         for address, accumulators in zip(rows, sums, strict=True):
@@ -102,6 +103,12 @@ def decode_scattered(builder: Builder, rows: Value, num_k: Value, use: Use) -> N
     with cgutils.for_range(builder, num_k) as loop:
         row = v.load(builder, builder.add(rows, v.scaled(builder, loop.index, 8)), I64)
         use(loop.index, [v.load(builder, at) for at in _vectors(builder, row, 4)])
+
+
+def decode_narrow(builder: Builder, panel: Value, num_k: Value, use: Use) -> None:
+    """float32 rows of one vector."""
+    with cgutils.for_range(builder, num_k) as loop:
+        use(loop.index, [v.load(builder, builder.add(panel, v.scaled(builder, loop.index, 4 * LANES)))])
 
 
 def decode_float32(builder: Builder, panel: Value, num_k: Value, use: Use) -> None:

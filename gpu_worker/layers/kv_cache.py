@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cuda_kernels.cache_format import CacheScales, has_levels
 
@@ -53,6 +56,11 @@ class KVCache:
         at = torch.tensor(blocks, dtype=torch.int64, device=self._storage[0].device)
         for kv in self._by_block:
             kv[:, at] = 0
+
+    @cached_property
+    def addresses(self) -> NDArray[np.int64]:
+        """Of every layer's keys and values: [L, 2]."""
+        return np.array([[keys.data_ptr(), values.data_ptr()] for keys, values in self.layers])
 
     @property
     def size_bytes(self) -> int:

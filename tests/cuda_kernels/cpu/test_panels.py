@@ -24,6 +24,8 @@ def random_wint2(rows, columns):
 def make(name, inputs, outputs, k_order="shuffled"):
     """(panel weight, the weights it stands for as float64 [K, N])."""
     weight = torch.randn(inputs, outputs, generator=torch.Generator().manual_seed(inputs + outputs))
+    if name == "narrow":
+        return panels.pack_narrow(weight.T), weight.double()
     if name in ("float32", "bfloat16"):
         weight = weight.to(getattr(torch, name))
         return panels.pack_dense(weight.T), weight.double()
@@ -49,6 +51,16 @@ def test_linear_matches_the_decoded_weight_and_keeps_a_row_s_bits(name, inputs, 
     assert_near(whole, x.double() @ dense)
     for size in (1, 2, 3, 5, 12):
         assert torch.equal(torch.cat([ops.linear(part, weight) for part in x.split(size)]), whole)
+
+
+@pytest.mark.parametrize("outputs", [1, 8, 16])
+def test_a_narrow_weight_has_the_bits_of_one_in_whole_panels(outputs):
+    narrow, dense = make("narrow", 72, outputs)
+    wide, _ = make("float32", 72, outputs)
+    x = torch.randn(29, 72)
+    assert torch.equal(ops.linear(x, narrow), ops.linear(x, wide))
+    assert_near(ops.linear(x, narrow), x.double() @ dense)
+    assert narrow.nbytes * 4 == wide.nbytes
 
 
 def reference(experts, hidden, ids, weights):
