@@ -7,6 +7,7 @@ Shapes: S windows, T tokens each, D hidden, H query heads, G KV heads, C head di
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -75,11 +76,18 @@ def attention(
     query, key, value = fused.split([heads, kv_heads, kv_heads], dim=2)
     if extras.q_norm is not None and extras.k_norm is not None:
         query, key = (_norm_heads(x, w, config) for x, w in ((query, extras.q_norm), (key, extras.k_norm)))
-    table = cos_sin_table(length, size, config.rope_theta, compression_ratio=config.compression_ratio)
-    query, key = (_rotate(x, table.to(x_STD.device)) for x in (query, key))
+    table = _table(length, size, config.rope_theta, config.compression_ratio, x_STD.device)
+    query, key = (_rotate(x, table) for x in (query, key))
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=heads != kv_heads)
     return out.transpose(1, 2).reshape(windows, length, heads * size)
+
+
+@lru_cache(maxsize=4)
+def _table(length: int, size: int, theta: float, ratio: float, device: torch.device) -> Tensor:
+    """Cosines and sines of every position; not an inference tensor, which no gradient may meet later."""
+    with torch.inference_mode(False):
+        return cos_sin_table(length, size, theta, compression_ratio=ratio).to(device)
 
 
 def _rotate(x_STHC: Tensor, table_TC: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import resource
 import torch
 
 from gpu_worker.config import ModelConfig
-from gpu_worker.quantizer.recipe import Recipe
+from gpu_worker.quantizer.recipe import Recipe, Tuning
 
 _FLOAT = 4
 _EMBEDDING_COPIES = 3  # stored dtype, its check for finite values, and the copy that is written
@@ -15,7 +15,8 @@ _MOMENT_COPIES = 8  # of one Hessian: damped, ordered, factors, couplings
 _STREAM_COPIES = 10  # both streams, their normalized values, balance, attention, rows of an expert
 _TUNED_EXPERT_COPIES = 4  # the original's and ours, in two precisions
 _TUNED_DENSE_COPIES = 6  # the same, gradient and Adam's moments
-_TUNED_COPIES = 10  # of an activation or of the logits, from the products to their gradients
+_TUNED_COPIES = 10  # of an activation or of some rows' logits, from the products to their gradients
+_LOGIT_ROWS = 2048
 _STORED_BITS = {"wint2": 2.2, "wint2t": 2.2, "wint4": 4.1}
 
 
@@ -39,17 +40,18 @@ def bound_bytes(config: ModelConfig, recipe: Recipe, num_tokens: int) -> int:
     return _FLOAT * max(streams + work, embedding) + layer
 
 
-def tuning_bytes(config: ModelConfig, num_tokens: int) -> int:
-    """What tuning needs at most: both models whole, gradients, Adam's moments, a window's activations."""
+def tuning_bytes(config: ModelConfig, tuning: Tuning, window: int) -> int:
+    """What tuning needs at most: both models whole, gradients, Adam's moments, a batch's activations."""
     layers = range(config.num_hidden_layers)
     experts = sum(map(config.is_moe_layer, layers)) * config.num_experts * 3 * config.moe_intermediate_size
     dense = sum(_layer_bytes(config, Recipe(), layer) for layer in layers)
     weights = _TUNED_EXPERT_COPIES * experts * config.hidden_size + _TUNED_DENSE_COPIES * dense
     inner = config.moe_intermediate_size * (config.num_experts_per_token + config.num_shared_experts)
-    activations = config.num_hidden_layers * (_TUNED_COPIES * (config.hidden_size + inner))
-    logits = _TUNED_COPIES * config.vocab_size
+    activations = config.num_hidden_layers * _TUNED_COPIES * (config.hidden_size + inner)
+    rows = tuning.batch * window
+    logits = min(rows, _LOGIT_ROWS) * _TUNED_COPIES * config.vocab_size
     embedding = 2 * config.vocab_size * config.hidden_size
-    return _FLOAT * (weights + embedding + num_tokens * (activations + logits))
+    return _FLOAT * (weights + embedding + rows * activations + logits)
 
 
 def total_bytes(device: torch.device) -> int:

@@ -114,14 +114,14 @@ def _check_input(source: Source, recipe: Recipe) -> None:
 def _tune(
     partial: Path, source: Source, recipe: Recipe, ids_ST: Tensor, on_progress: OnProgress
 ) -> list[float]:
-    return tune(source, partial, ids_ST, recipe.tune_steps, on_progress) if recipe.tune_steps else []
+    return tune(source, partial, ids_ST, recipe.tuning, on_progress) if recipe.tuning.steps else []
 
 
 def _check_memory(source: Source, recipe: Recipe, calibration_ST: Tensor) -> None:
     """Refuse at the start a tuning that cannot end well."""
-    needed = memory.tuning_bytes(source.config, calibration_ST.shape[1])
+    needed = memory.tuning_bytes(source.config, recipe.tuning, calibration_ST.shape[1])
     there = memory.total_bytes(source.device)
-    if recipe.tune_steps and needed > there:
+    if recipe.tuning.steps and needed > there:
         raise QuantizeError(
             f"tuning holds both models in memory, some {needed:,} bytes, but {source.device} has {there:,}; "
             "do without it (0 steps)"

@@ -12,6 +12,16 @@ ExpertFormat = Literal["wint4", "wint2", "wint2t"]
 
 
 @dataclass(frozen=True)
+class Tuning:
+    """End-to-end tuning after the last layer; see gpu_worker/quantizer/tuning.py."""
+
+    steps: int = 0  # 0: none
+    batch: int = 8  # windows a step
+    samples: int = 0  # windows that the original writes itself to learn from; 0: learn from those given
+    rest: bool = True  # norms and what is outside the experts move, not the experts' column scales alone
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Attention, dense MLPs and shared experts in WINT8; experts in WINT4 up to a layer, then two bits."""
 
@@ -21,8 +31,8 @@ class Recipe:
     effort: Effort = "normal"
     correct_experts: bool = True  # fit experts to the original's stream, not to their own old weights
     correct_dense: bool = True  # the same for attention output, dense and shared down projections
-    tune_steps: int = 0  # of end-to-end tuning afterwards, a window each; both models are then held in memory
     min_rows: int = 256  # calibration rows an expert gets at least, lent by its router if need be
+    tuning: Tuning = Tuning()
 
     def expert_format(self, layer: int) -> ExpertFormat:
         return "wint4" if layer <= self.wint4_end_layer else self.low

@@ -15,7 +15,7 @@ from gpu_worker.model.errors import CheckpointError, ConfigError
 from gpu_worker.quantizer import calibration, memory
 from gpu_worker.quantizer.errors import QuantizeError
 from gpu_worker.quantizer.pipeline import REPORT_NAME, quantize_checkpoint
-from gpu_worker.quantizer.recipe import DenseFormat, LowFormat, Recipe
+from gpu_worker.quantizer.recipe import DenseFormat, LowFormat, Recipe, Tuning
 from gpu_worker.quantizer.report import NAME as PAGE_NAME
 from gpu_worker.quantizer.report import starved_experts
 from gpu_worker.quantizer.source import Source
@@ -28,6 +28,7 @@ from wint2.progress import progress_bars
 Effort = Literal["fast", "normal", "best"]
 Device = Literal["auto", "cpu", "cuda"]
 SEED_WINT4_LAYERS = 4  # MoE layers that ERNIE-4.5-300B-A47B-2Bits keeps in WINT4
+MAX_SAMPLES = 2048
 
 
 def quantize(
@@ -52,12 +53,28 @@ def quantize(
     tune_steps: Annotated[
         int, typer.Option(min=0, help="end-to-end tuning afterwards; holds both models in memory")
     ] = 0,
+    tune_batch: Annotated[int, typer.Option(min=1, help="windows a tuning step")] = 8,
+    tune_samples: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            show_default=False,
+            help="windows the original writes itself to tune on, 0: calibration's "
+            "[default: as many as the steps read, at most 2048]",
+        ),
+    ] = None,
+    tune_rest: Annotated[
+        bool,
+        typer.Option(help="tuning moves norms, attention and shared MLPs, not the experts' scales alone"),
+    ] = True,
 ) -> None:
     """Quantize a checkpoint layer by layer, one expert in memory at a time; run again to resume."""
     try:
         config = read_model_config(source)
         end_layer = first_moe_layers(config) if wint4_end_layer is None else wint4_end_layer
-        recipe = Recipe(end_layer, dense, format, effort, correct, correct, tune_steps, min_rows)
+        samples = min(MAX_SAMPLES, tune_steps * tune_batch) if tune_samples is None else tune_samples
+        tuning = Tuning(tune_steps, tune_batch, samples, tune_rest)
+        recipe = Recipe(end_layer, dense, format, effort, correct, correct, min_rows, tuning)
         ids = _token_ids(source, _read_text(calibration_file))
         ids_ST = calibration.windows(ids, num_windows + held_out_windows, window)
         model = Source(config, find_device(device))

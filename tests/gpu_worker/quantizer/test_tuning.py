@@ -1,6 +1,7 @@
 """End-to-end tuning brings a quantized checkpoint nearer to its original, in the same bits."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,14 +9,14 @@ from safetensors.torch import load_file
 
 from gpu_worker.quantizer import memory
 from gpu_worker.quantizer.errors import QuantizeError
-from gpu_worker.quantizer.recipe import Recipe
+from gpu_worker.quantizer.recipe import Recipe, Tuning
 from tests.gpu_worker.quantizer.quantizing import quantize, tokens
 from tests.gpu_worker.test_families import EXPERTS, save_random
 from tests.tiny import make_tiny_model
 
 UNTUNED = Recipe(1, effort="fast", min_rows=16, correct_experts=False, correct_dense=False)
 STEPS = 12
-TUNED = dataclasses.replace(UNTUNED, tune_steps=STEPS)
+TUNED = dataclasses.replace(UNTUNED, tuning=Tuning(STEPS, batch=1))
 
 
 @pytest.fixture(scope="module")
@@ -46,24 +47,38 @@ def test_the_report_has_a_loss_a_step(pair):
     assert f"{STEPS} steps, loss" in (pair[0][1] / "report.html").read_text()
 
 
-def test_no_code_changes_and_no_bit_is_added(pair):
-    moved = set()
-    for path in pair[0][0].glob("*.safetensors"):
-        before, after = load_file(path), load_file(pair[0][1] / path.name)
-        assert {n: (t.shape, t.dtype) for n, t in before.items()} == {
-            n: (t.shape, t.dtype) for n, t in after.items()
+def moved(before: Path, after: Path) -> set[str]:
+    """The tensors whose values differ; none may differ in shape or type."""
+    names = set()
+    for path in before.glob("*.safetensors"):
+        old, new = load_file(path), load_file(after / path.name)
+        assert {n: (t.shape, t.dtype) for n, t in old.items()} == {
+            n: (t.shape, t.dtype) for n, t in new.items()
         }
-        moved |= {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
-    of_experts = {name.rsplit(".", 1)[1] for name in moved if ".experts." in name}
+        names |= {name for name, tensor in old.items() if not torch.equal(tensor, new[name])}
+    return names
+
+
+def test_no_code_changes_and_no_bit_is_added(pair):
+    names = moved(*pair[0])
+    of_experts = {name.rsplit(".", 1)[1] for name in names if ".experts." in name}
     assert of_experts == {"super_scales", "weight_scale"}
-    assert not any(part in name for name in moved for part in (".gate.", "embed_tokens"))
-    assert any("layernorm" in name for name in moved)
-    assert any("o_proj" in name for name in moved)
+    assert not any(part in name for name in names for part in (".gate.", "embed_tokens"))
+    assert any("layernorm" in name for name in names)
+    assert any("o_proj" in name for name in names)
+
+
+def test_experts_alone_may_move_and_learn_from_the_originals_own_text(full, pair, tmp_path):
+    tuning = Tuning(3, batch=2, samples=2, rest=False)
+    quantize(full, tmp_path / "out", dataclasses.replace(UNTUNED, tuning=tuning))
+    names = moved(pair[0][0], tmp_path / "out")
+    assert names
+    assert all(".experts." in name and name.endswith(("super_scales", "weight_scale")) for name in names)
 
 
 def test_a_family_with_norms_of_its_own_is_tuned(tmp_path):
     source = save_random(tmp_path / "full", "qwen3_moe", EXPERTS | {"num_experts": 3, "num_hidden_layers": 1})
-    recipe = dataclasses.replace(UNTUNED, wint4_end_layer=-1, min_rows=8, tune_steps=3)
+    recipe = dataclasses.replace(UNTUNED, wint4_end_layer=-1, min_rows=8, tuning=Tuning(3, batch=1))
     report = quantize(source, tmp_path / "out", recipe, calibration=tokens(2, 24, vocab_size=120))
     assert len(report["tuning"]) == 3
 
