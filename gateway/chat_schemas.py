@@ -159,6 +159,12 @@ class ChatCompletionRequest(CommonRequest, TemplateOptions):
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high"] | None = Field(
         None, description="Passed to the chat template."
     )
+    thinking_token_budget: int | None = Field(
+        None, ge=1, le=UINT32_MAX, description="Tokens after which the model's thinking is closed for it."
+    )
+    reasoning_max_tokens: int | None = Field(
+        None, ge=1, le=UINT32_MAX, description="thinking_token_budget, by another name."
+    )
     include_reasoning: bool | None = Field(None, description="Tell the reasoning apart. Default true.")
     # Passed over, as documented
     safety_identifier: str | None = Field(None, description="Accepted; not used.")
@@ -200,6 +206,24 @@ class ChatCompletionRequest(CommonRequest, TemplateOptions):
             name = "response_format" if has_format else self.structured_field
             raise misplaced(name or "", 'cannot be combined with tools, unless tool_choice is "none"')
         return self
+
+    @model_validator(mode="after")
+    def _thinking_is_free(self) -> Self:
+        """What the engine forces the form of begins with no thinking."""
+        if self.thinking_field is None:
+            return self
+        if self.thinking_token_budget is not None and self.reasoning_max_tokens is not None:
+            raise misplaced("reasoning_max_tokens", "cannot be combined with thinking_token_budget")
+        has_format = self.response_format is not None and self.response_format.type != "text"
+        if has_format or self.structured_field or self.forced_tools:
+            raise misplaced(self.thinking_field, "cannot be combined with a form that the answer must have")
+        return self
+
+    @property
+    def thinking_field(self) -> str | None:
+        """Name of the field that limits the thinking."""
+        names = "thinking_token_budget", "reasoning_max_tokens"
+        return next((name for name in names if getattr(self, name) is not None), None)
 
     @property
     def offered_tools(self) -> list[Tool]:

@@ -60,11 +60,16 @@ class TokenizerClient:
         self._chat_template: str | None = None
 
     async def encode(
-        self, texts: Sequence[str], *, add_special_tokens: bool, timeout: float
+        self,
+        texts: Sequence[str],
+        *,
+        add_special_tokens: bool,
+        timeout: float,
+        parse_special_tokens: bool = False,
     ) -> list[list[int]]:
-        """One list of ids a text; special tokens that a text spells out stay text."""
+        """One list of ids a text; special tokens that a client's text spells out stay text."""
         request = tokenizer_pb2.TokenizeRequest(
-            texts=texts, add_special_tokens=add_special_tokens, parse_special_tokens=False
+            texts=texts, add_special_tokens=add_special_tokens, parse_special_tokens=parse_special_tokens
         )
         with errors_of("tokenizer"):
             response = await self._stub.Tokenize(request, timeout=timeout, metadata=outgoing_metadata())

@@ -18,6 +18,7 @@ from gateway.merge import merge
 from gateway.metrics import GatewayMetrics
 from gateway.quotas import Quotas
 from gateway.requests import EncodedPrompt, Event, Prompt, TextPiece, TextRequest
+from gateway.thinking import in_two_parts
 from protos.rpc.errors import InvalidArgumentError, UnavailableError
 from protos.wint2.common.v1.common_pb2 import SamplingParams, TokenIds
 from protos.wint2.scheduler.v1.scheduler_pb2 import ScheduleRequest
@@ -108,7 +109,7 @@ class Pipeline:
             while True:
                 async with self.scheduler.place(schedule, remaining(request.deadline)) as placement:
                     try:
-                        async with aclosing(self._attempt(index, request, generate, placement)) as events:
+                        async with aclosing(self._completion(index, request, generate, placement)) as events:
                             async for event in events:
                                 if observer.on_event(event):
                                     yield event
@@ -128,8 +129,14 @@ class Pipeline:
         finally:
             self._num_choices -= 1
 
-    async def _attempt(
+    def _completion(
         self, index: int, request: TextRequest, generate: GenerateRequest, placement: Placement
+    ) -> AsyncGenerator[Event]:
+        attempt = partial(self._attempt, index, request, placement)
+        return in_two_parts(attempt, generate, request.thinking) if request.thinking else attempt(generate)
+
+    async def _attempt(
+        self, index: int, request: TextRequest, placement: Placement, generate: GenerateRequest
     ) -> AsyncGenerator[Event]:
         options = DetokenizeOptions(
             skip_special_tokens=request.skip_special_tokens,

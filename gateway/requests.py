@@ -19,6 +19,15 @@ class Limits:
     trust_request_chat_template: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class ThinkingLimit:
+    """How long a model may think. `is_open`: the prompt ends inside of <think>; `end_token_ids` close it."""
+
+    num_tokens: int
+    is_open: bool
+    end_token_ids: Sequence[int]
+
+
 @dataclass(frozen=True)
 class TextRequest:
     """What a client asks for. `deadline` is a time of `time.monotonic`, in seconds.
@@ -39,6 +48,7 @@ class TextRequest:
     priority: int = 0
     cache_salt: str | None = None
     bad_words: Sequence[str] = ()
+    thinking: ThinkingLimit | None = None
 
 
 @dataclass(frozen=True)
