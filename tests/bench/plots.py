@@ -57,7 +57,6 @@ def draw_all(results: Path, images: Path) -> None:
         "experts_21b": (("moe_wint2_21b",), draw_experts),
         "serving": (("serving_300b", "stack_300b", "serving_21b", "stack_21b"), draw_serving),
         "timeline_300b": (("serving_300b",), draw_timelines),
-        "timeline_21b": (("serving_21b",), draw_timelines),
     }
     for name, (needed, draw) in pictures.items():
         paths = [results / f"{file}.json" for file in needed]
