@@ -20,7 +20,7 @@ from cuda_kernels.packing import PackedWint2, code_points, unpack_codes, unpack_
 
 # Routed rows an expert, on average, up to which the kernels for few and for several rows are used; more rows
 # go to csrc/expert_gemm.cu. Few are also up to eight tokens: no expert then has more rows than one tile.
-MAX_FEW_ROWS, MAX_SEVERAL_ROWS, MAX_FEW_TOKENS = 8, 20, 8
+MAX_FEW_ROWS, MAX_SEVERAL_ROWS, MAX_FEW_TOKENS = 4, 24, 8
 
 _WARPS, _THREADS = 16, 512
 _SLOT_BYTES = 1152  # of one warp's ring: one 128-step of a pair

@@ -8,6 +8,19 @@ DEVICE u32 larger_halves(u32 a, u32 b) {
     return prmt(low, high, 0x7610);
 }
 
+// The power of two for one row, by a block of 256 threads; `largest` is a word of shared memory.
+DEVICE float find_scale(const u16* row, int length, u32* largest) {
+    if (threadIdx.x == 0) *largest = 0;
+    sync_block();
+    u32 both = 0;
+#pragma unroll 8
+    for (int k = threadIdx.x * 2; k < length; k += 512) both = larger_halves(both, *(const u32*)(row + k) & 0x7FFF7FFFu);
+    u32 low = both << 16, high = both & 0xFFFF0000u, size = largest_in_warp(low > high ? low : high);
+    if (threadIdx.x % 32 == 0) atomic_max(largest, size);
+    sync_block();
+    return activation_scale(*largest);
+}
+
 // One lane's values of one row in one 64-group.
 struct LaneRow {
     const u16* row;

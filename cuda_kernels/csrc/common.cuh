@@ -114,6 +114,11 @@ DEVICE void copy16(u32 shared, const void* global) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0 + %2], [%1 + %2], 16;" ::"r"(shared), "l"(global), "n"(kOffset)
                  : "memory");
 }
+// Zeros where there is nothing to be copied.
+DEVICE void copy16_or_zeros(u32 shared, const void* global, bool is_live) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(is_live ? 16 : 0)
+                 : "memory");
+}
 DEVICE void copy4(u32 shared, const void* global) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
 }
@@ -188,6 +193,34 @@ DEVICE void wait_for_phase(SplitBarrier* barrier, int phase) {
                      : "r"(shared_address(barrier)), "r"(phase & 1)
                      : "memory");
     }
+}
+
+// One warp copies `bytes` (a multiple of 16); a phase of `landed`, which expects BLOCK_ARRIVALS, is complete once all
+// have come.
+#if __CUDA_ARCH__ >= 900
+constexpr int BLOCK_ARRIVALS = 1;
+DEVICE void copy_block(u32 shared, const void* global, int bytes, SplitBarrier* landed) {
+    if (threadIdx.x % 32) return;
+    u32 barrier = shared_address(landed);
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // after what the warp read there
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),
+                 "l"(global), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+#else
+constexpr int BLOCK_ARRIVALS = 32;
+DEVICE void copy_block(u32 shared, const void* global, int bytes, SplitBarrier* landed) {
+    for (int at = threadIdx.x % 32 * 16; at < bytes; at += 512) copy16(shared + at, (const u8*)global + at);
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(landed)) : "memory");
+}
+#endif
+
+// How often this was called before for the same counter in shared memory; what the callers before did is seen.
+DEVICE u32 count_call(u32* counter) {
+    u32 before;
+    asm volatile("atom.acq_rel.cta.shared.add.u32 %0, [%1], 1;" : "=r"(before) : "r"(shared_address(counter)) : "memory");
+    return before;
 }
 
 // threadIdx.x, read anew: what is derived from it is not kept in registers across a hot loop.

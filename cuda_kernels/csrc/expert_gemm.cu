@@ -10,8 +10,8 @@
 // precision, so that one accumulator runs over all of K. The products run on while the warp decodes the next weights.
 //
 // Compile-time parameters: GATED, TOKENS (16, 32, 64, 128), STAGES.
+#include "activations.cuh"
 #include "token_mma.cuh"
-#include "wint2.cuh"
 
 constexpr int WARPS = 8, THREADS = 32 * WARPS;
 constexpr int AHEAD = STAGES - 2;           // steps of tokens on their way; two slots are being read
@@ -273,21 +273,10 @@ expert_gemm(const u8* records, const Words4* channel_constants, const u32* arith
 KERNEL(256, 4) halve_rows(const u16* x, int length, int padded_length, int lane_stride, int pair_stride, Words4* halves,
                           float* inverse) {
     DYNAMIC_SHARED(shared);
-    u32* largest = (u32*)shared;
     wait_for_earlier_kernels();
     let_next_kernel_start();
     const u16* row = x + (long)blockIdx.x * length;
-    if (threadIdx.x == 0) *largest = 0;
-    sync_block();
-    u32 size = 0;
-    for (int k = threadIdx.x; k < length; k += 256) {
-        u32 magnitude = (u32)(row[k] & 0x7FFF) << 16;
-        size = magnitude > size ? magnitude : size;
-    }
-    size = largest_in_warp(size);
-    if (threadIdx.x % 32 == 0) atomic_max(largest, size);
-    sync_block();
-    float scale = activation_scale(*largest);
+    float scale = find_scale(row, length, (u32*)shared);
     if (threadIdx.x == 0) inverse[blockIdx.x] = 1.f / scale;
     for (int chunk = threadIdx.x; chunk < padded_length / 8; chunk += 256) {
         int s = chunk % 8 / 2, field = (s % 2 ? 1 : 3) - chunk % 2;

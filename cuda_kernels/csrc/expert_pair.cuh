@@ -68,7 +68,7 @@ DEVICE void multiply(Sums& acc, const Words4 (&codes)[2], u32 scales, const Chan
 
 // `count` of this warp's steps: the loop that the kernel's time goes to. The float code takes too many registers for
 // several columns at once: there a weight is decoded for each.
-template <Arithmetic kArithmetic, int kColumns>
+template <Arithmetic kArithmetic, int kColumns, class Stream>
 DEVICE void multiply_steps(Sums& acc, Stream& stream, const Channels (&channels)[2], Operands& x, int count) {
 #pragma unroll(kArithmetic == FLOATS || kColumns > 1 ? 1 : 2)  // two steps as far as registers go
     for (; count > 0; --count) {
@@ -97,8 +97,8 @@ struct PairConstants {
     }
 };
 
-// `count` of this warp's steps of one panel, in runs that end where the copies, which are ahead, come to another panel.
-template <int kColumns>
+// `count` of this warp's steps of one panel, in runs that end where the copies, which are ahead, come to another stretch.
+template <int kColumns, class Stream>
 DEVICE void sweep(Sums& acc, Stream& stream, const PairConstants& constants, Operands& x, int count) {
     Channels channels[2] = {{{constants.a.x, constants.a.y}, {constants.b.x, constants.b.y}},
                             {{constants.a.z, constants.a.w}, {constants.b.z, constants.b.w}}};

@@ -14,23 +14,25 @@ struct Weights {
     DEVICE long record_bytes() const { return code_offset() + steps * 1024L; }
 };
 
+// Consecutive own steps of one pair.
+struct Stretch {
+    int expert, pair, step, count;
+};
+
 // One warp's ring of weights on their way. The copies run STAGES - 1 steps ahead of the arithmetic, over panels, tiles
-// and experts alike.
+// and experts alike. `Route::next()` tells one stretch after another that this warp multiplies; after the last one it
+// goes on with single steps that are copied and not used, so that the loop over steps need not know.
+template <class Route>
 struct Stream {
     Weights weights;
-    const Share& share;
-    int passes, pass_steps;
+    Route route;
     u32 ring_codes, ring_scales;  // this lane's, in the first of STAGES slots (codes Words4 [2, 32], scales u32 [32])
-    int tile, pass, panel;    // what the next copy belongs to (a panel goes by its first pair),
-    int left;                 // how many steps of it remain to be copied by this warp,
+    int left;                  // how many steps of the stretch remain to be copied,
     const u8 *codes, *scales;  // and this lane's share of the next
-    int slot, free;           // bytes into the ring: the oldest step, and the one used last
+    int slot, free;            // bytes into the ring: the oldest step, and the one used last
 
     DEVICE void start() {
-        tile = share.first_tile();
-        pass = 0;
-        panel = share.first_pair(tile);
-        seek();
+        advance();
         slot = 0;
         free = (STAGES - 1) * SLOT;
         for (int i = 0; i < STAGES - 1; ++i) {
@@ -40,38 +42,11 @@ struct Stream {
     }
 
     DEVICE void advance() {
-        next_panel();
-        seek();
-    }
-
-    // Finds the first panel from here on of which this warp has a step. At the end of the work one block is copied
-    // again and again, so that the loop over steps need not know.
-    DEVICE void seek() {
-        for (; share.has_tile(tile); next_panel()) {
-            Span span = pass_span(pass, pass_steps, weights.steps);
-            int pair = panel + my_warp_n();
-            left = own_steps(span);
-            if (left > 0 && pair < share.end_pair(tile)) {
-                point(((long)share.routing.tiles[tile].expert * weights.pairs + pair) * weights.record_bytes(), span.begin + my_warp_k());
-                return;
-            }
-        }
-        left = 1;
-        point(0, 0);
-    }
-
-    DEVICE void point(long record, int step) {
-        scales = weights.records + record + step * 32 + my_lane() / 4 * 4;
-        codes = weights.records + record + weights.code_offset() + step * 1024L + my_lane() * 16;
-    }
-
-    DEVICE void next_panel() {
-        if ((panel += WARPS_N) < share.end_pair(tile)) return;
-        if (++pass == passes) {
-            pass = 0;
-            ++tile;
-        }
-        panel = share.first_pair(tile);
+        Stretch next = route.next();
+        left = next.count;
+        const u8* record = weights.records + ((long)next.expert * weights.pairs + next.pair) * weights.record_bytes();
+        scales = record + next.step * 32 + my_lane() / 4 * 4;
+        codes = record + weights.code_offset() + next.step * 1024L + my_lane() * 16;
     }
 
     DEVICE void copy(int into) {

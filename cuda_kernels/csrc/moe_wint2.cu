@@ -26,6 +26,39 @@ constexpr int ADDENDS = WARPS_K / SPLITS;
 constexpr int PARTIAL = 256 + (SPLITS > 1 ? 32 / SPLITS : 0);  // floats of one warp's: a sum's readers differ in bank
 static_assert(WARPS_N * WARPS_K == WARPS, "WARPS_K must divide the warps");
 
+// A warp's way through the CTA's share: panel by panel and, inside a tile, pass by pass.
+struct Route {
+    const Share& share;
+    int passes, pass_steps, steps;
+    int tile, pass, panel;  // the next; a panel goes by its first pair
+
+    DEVICE void start() {
+        tile = share.first_tile();
+        pass = 0;
+        panel = share.first_pair(tile);
+    }
+
+    DEVICE Stretch next() {
+        while (share.has_tile(tile)) {
+            Span span = pass_span(pass, pass_steps, steps);
+            int pair = panel + my_warp_n(), count = pair < share.end_pair(tile) ? own_steps(span) : 0;
+            int expert = share.routing.tiles[tile].expert;
+            leave_panel();
+            if (count > 0) return {expert, pair, span.begin + my_warp_k(), count};
+        }
+        return {0, 0, 0, 1};
+    }
+
+    DEVICE void leave_panel() {
+        if ((panel += WARPS_N) < share.end_pair(tile)) return;
+        if (++pass == passes) {
+            pass = 0;
+            ++tile;
+        }
+        panel = share.first_pair(tile);
+    }
+};
+
 // The sums of the panels that a CTA keeps between passes.
 struct Kept {
     float* sums;  // [CTAs, panels, WARPS_N, 2, 128]
@@ -133,7 +166,7 @@ struct Reduction {
 };
 
 // One pass of one token tile over this CTA's panels of it, where a warp has a pair for itself: nothing has to meet.
-DEVICE void run_alone(const Results& results, Stream& stream, Place place, Span span) {
+DEVICE void run_alone(const Results& results, Stream<Route>& stream, Place place, Span span) {
     const Weights& weights = results.weights;
     PairConstants constants;
     constants.load(weights, place.tile.expert, place.panel + my_warp_n());
@@ -148,7 +181,7 @@ DEVICE void run_alone(const Results& results, Stream& stream, Place place, Span 
 }
 
 // The same where warps share a pair.
-DEVICE void run_together(const Results& results, Stream& stream, Reduction& reduction, Place place, Span span) {
+DEVICE void run_together(const Results& results, Stream<Route>& stream, Reduction& reduction, Place place, Span span) {
     const Weights& weights = results.weights;
     PairConstants constants;
     constants.load(weights, place.tile.expert, place.panel + my_warp_n());
@@ -172,11 +205,11 @@ DEVICE void run_together(const Results& results, Stream& stream, Reduction& redu
     }
 }
 
-DEVICE void run_tile(const Results& results, Stream& stream, Activations& x, Reduction& reduction, int tile_index,
+DEVICE void run_tile(const Results& results, Stream<Route>& stream, Activations& x, Reduction& reduction, int tile_index,
                      int pass, int passes) {
     const Share& share = results.rows.share;
     const Tile& tile = share.routing.tiles[tile_index];
-    Span span = pass_span(pass, stream.pass_steps, results.weights.steps);
+    Span span = pass_span(pass, stream.route.pass_steps, results.weights.steps);
     sync_block();
     if (pass == 0) x.measure(results.rows, tile);
     x.stage(results.rows, tile, span);
@@ -224,7 +257,9 @@ KERNEL(THREADS, 1) expert_projection(const u8* records, const Words4* channel_co
 
     Rows rows = {x, share, x_stride, x_length, experts_per_token, lane_stride, pair_stride};
     u32 ring = shared_address(shared) + my_warp() * STAGES * SLOT;
-    Stream stream = {weights, share, passes, pass_steps, ring + my_lane() * 16, ring + 1024 + my_lane() * 4};
+    Route route = {share, passes, pass_steps, steps};
+    route.start();
+    Stream<Route> stream = {weights, route, ring + my_lane() * 16, ring + 1024 + my_lane() * 4};
     Results results = {weights, rows, activations, {values, expert_weights, out_channels}, {scratch, panels_kept}};
     stream.start();
     if (!GATED) wait_for_earlier_kernels();

@@ -7,6 +7,22 @@ struct Tile {
     int expert, first, rows, unused;
 };
 
+// a[i] becomes a[0] + ... + a[i-1], for all i <= n, by the whole block; n < THREADS.
+DEVICE void sum_before(int* a, int n) {
+    int me = threadIdx.x, own = me < n ? a[me] : 0;
+    for (int distance = 1; distance < n; distance *= 2) {
+        int earlier = me >= distance && me < n ? a[me - distance] : 0;
+        sync_block();
+        if (me < n) a[me] += earlier;
+        sync_block();
+    }
+    int total = me < n ? a[me] : 0;
+    sync_block();
+    if (me < n) a[me] = total - own;
+    if (me == n - 1) a[n] = total;
+    sync_block();
+}
+
 // Sorts the routed rows by expert, stably: warp w takes the w-th run of (token, slot) pairs; counts[w][e] becomes the
 // position of that warp's first row of expert e.
 struct Sorter {
@@ -54,16 +70,7 @@ struct Sorter {
             totals[e] = sum;
         }
         sync_block();
-        if (threadIdx.x == 0) {
-            int sum = 0;
-            for (int e = 0; e < num_experts; ++e) {
-                int own = totals[e];
-                totals[e] = sum;
-                sum += own;
-            }
-            totals[num_experts] = sum;
-        }
-        sync_block();
+        sum_before(totals, num_experts);
         for (int i = threadIdx.x; i < WARPS * num_experts; i += THREADS) counts[i] += totals[i % num_experts];
         sync_block();
     }
@@ -78,16 +85,25 @@ KERNEL(THREADS, 1) dispatch(const int* expert_ids, int num_routed, int num_exper
     sorter.count();
     sorter.scan();
     sorter.sweep([&](int pair, int, int position) { sorted[position] = pair; });
+    sync_block();
     const int* first = sorter.counts + WARPS * num_experts;
-    if (threadIdx.x == 0) {
-        int count = 0;
-        for (int e = 0; e < num_experts; ++e) {
-            for (int row = first[e]; row < first[e + 1]; row += tile_rows) {
-                tiles[count++] = {e, row, smaller(tile_rows, first[e + 1] - row), 0};
-            }
-        }
-        *num_tiles = count;
+    int *full = sorter.counts, *others = full + num_experts + 1, e = threadIdx.x;
+    int rows = e < num_experts ? first[e + 1] - first[e] : 0, last = rows % tile_rows;
+    bool is_full = last * 2 > tile_rows;
+    if (e < num_experts) {
+        full[e] = rows / tile_rows + is_full;
+        others[e] = last && !is_full;
     }
+    sync_block();
+    sum_before(full, num_experts);
+    sum_before(others, num_experts);
+    if (e < num_experts) {
+        for (int i = 0; i * tile_rows < rows; ++i) {
+            int left = rows - i * tile_rows, place = left * 2 > tile_rows ? full[e] + i : full[num_experts] + others[e];
+            tiles[place] = {e, first[e] + i * tile_rows, smaller(tile_rows, left), 0};
+        }
+    }
+    if (e == 0) *num_tiles = full[num_experts] + others[num_experts];
 }
 
 // out[token] = bfloat of the sum of its experts' rows, in slot order; the rows come weighted.

@@ -47,7 +47,7 @@ def gemm_h(emulator: Emulator) -> torch.Tensor:
     return h_RF
 
 
-def batch_h(emulator: Emulator, width: int = 2304) -> torch.Tensor:
+def batch_h(emulator: Emulator, width: int = 5376) -> torch.Tensor:
     """The same by the kernel for several rows an expert; the ring of tokens comes round."""
     case = layer(3, 4, 2, width, 136, kind="grid")
     h_RF = torch.zeros(6, case.up_gate.num_features, dtype=torch.bfloat16)
@@ -95,16 +95,21 @@ WRONG = {
     "a chunk of tokens read before it has come": (
         batch_h,
         "expert_batch.cu",
-        "if (turn) wait_for_phase(of.begun, turn - 1);",
+        "wait_for_phase(&landed[turn % SLOTS], turn / SLOTS);",
         "",
     ),
-    "a chunk of tokens not waited for": (
+    "a chunk of tokens in another's slot": (
         batch_h,
         "expert_batch.cu",
-        "if (taken < STAGES - 1) wait_copies<0>();",
-        "",
+        "copy_block(slot(i),",
+        "copy_block(slot((i + 1) % SLOTS),",
     ),
-    "a chunk of tokens overwritten": (batch_h, "expert_batch.cu", "SLOTS = 4;", "SLOTS = 2;"),
+    "another group's start values": (
+        batch_h,
+        "expert_batch.cu",
+        "in_chunk * START",
+        "(in_chunk ^ 1) * START",
+    ),
     "no barrier in the ring of tokens": (
         gemm_h,
         "expert_gemm.cu",

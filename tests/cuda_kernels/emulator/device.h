@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <random>
 #include <tuple>
 #include <type_traits>
@@ -55,6 +56,7 @@ struct Cta {
     uint64_t barrier_generation = 0, progress = 0;
     std::vector<Thread> thread;
     std::vector<Meeting> warp;
+    std::map<const void*, std::vector<Copy>> blocks;  // in flight, by the barrier they arrive at
 };
 inline Cta cta;
 
@@ -97,6 +99,7 @@ void run_cta(int threads, size_t shared_bytes, unsigned seed, F body) {
     cta.finished = cta.at_barrier = 0;
     cta.thread = std::vector<Thread>(threads);
     cta.warp = std::vector<Meeting>((threads + WARP - 1) / WARP);
+    cta.blocks.clear();
     std::vector<int> order(threads);
     for (int i = 0; i < threads; ++i) order[i] = i;
     std::mt19937 random(seed);
@@ -276,6 +279,10 @@ template <int kOffset = 0>
 DEVICE void copy16(u32 shared, const void* global) {
     queue_copy(shared_pointer(shared + kOffset), (const u8*)global + kOffset, 16);
 }
+DEVICE void copy16_or_zeros(u32 shared, const void* global, bool is_live) {
+    alignas(16) static const u8 zeros[16] = {};
+    queue_copy(shared_pointer(shared), is_live ? global : zeros, 16);
+}
 DEVICE void copy4(u32 shared, const void* global) { queue_copy(shared_pointer(shared), global, 4); }
 DEVICE void commit_copies() {
     auto& thread = emulator::cta.thread[emulator::cta.current];
@@ -353,7 +360,19 @@ DEVICE void arrive_at(SplitBarrier* barrier) {
 DEVICE void wait_for_phase(SplitBarrier* barrier, int phase) {
     if ((int)barrier->phase > phase + 1) emulator::fail("waited for a phase that is long past");
     while ((int)barrier->phase <= phase) emulator::yield();
+    auto& blocks = emulator::cta.blocks[barrier];
+    for (auto& copy : blocks) memcpy(copy.to, copy.from, copy.bytes);
+    blocks.clear();
 }
+// Lands when its barrier is waited for, and not before.
+constexpr int BLOCK_ARRIVALS = 1;
+DEVICE void copy_block(u32 shared, const void* global, int bytes, SplitBarrier* landed) {
+    if (emulator::cta.current % emulator::WARP) return;
+    if (shared % 16 || (uintptr_t)global % 16 || bytes % 16) emulator::fail("misaligned copy");
+    emulator::cta.blocks[landed].push_back({shared_pointer(shared), global, bytes});
+    arrive_at(landed);
+}
+DEVICE u32 count_call(u32* counter) { return (*counter)++; }
 DEVICE int popcount(u32 x) { return __builtin_popcount(x); }
 DEVICE void atomic_max(u32* p, u32 x) { *p = *p > x ? *p : x; }
 DEVICE u32 arrive(u32* counter) { return (*counter)++; }
