@@ -26,7 +26,7 @@ _WARPS, _THREADS = 16, 512
 _SLOT_BYTES = 1152  # of one warp's ring: one 128-step of a pair
 _STAGES = 3  # of the ring; more gain nothing
 _WARPS_K = 1, 2, 4, 8  # that may share a pair
-_PANEL_STEPS = 1  # what beginning and ending a panel takes, in steps
+_PANEL_STEPS = 3  # what beginning and ending a panel takes, in steps
 _MAX_SORTED_HERE = 128  # routed rows that a projection sorts by itself
 
 
@@ -134,8 +134,8 @@ def _fit(warps_k: int, rows: int, steps: int, shared_limit: int) -> Tiling | Non
 
 
 def _time(tiling: Tiling, num_experts: float, pairs: int, steps: int, num_ctas: int) -> float:
-    """Of a CTA's panels, in steps of one warp; half a panel is lost where the last has few pairs."""
-    panels = 0.5 + max(1.0, num_experts * pairs / tiling.warps_n / num_ctas)
+    """Of the busiest CTA's panels, in steps of one warp."""
+    panels = math.ceil(num_experts * math.ceil(pairs / tiling.warps_n) / num_ctas)
     return panels * tiling.passes * (math.ceil(steps / tiling.passes / tiling.warps_k) + _PANEL_STEPS)
 
 
@@ -169,6 +169,20 @@ def _variant(is_gated: bool, warps_k: int, rows: int) -> Variant:
     return Variant("moe_wint2", tuple(defines.items()))
 
 
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """One call of the op: what goes in, and where h and the rows of y go."""
+
+    device: Device
+    hidden_TD: Tensor
+    ids_TA: Tensor
+    weights_TA: Tensor
+    up_gate: PackedWint2
+    down: PackedWint2
+    h_RF: Tensor
+    y_RD: Tensor
+
+
 def launch_moe_wint2(
     device: Device,
     hidden_TD: Tensor,
@@ -182,7 +196,7 @@ def launch_moe_wint2(
     h_RF = hidden_TD.new_empty((num_routed, up_gate.num_features))
     y_RD = hidden_TD.new_empty((num_routed, width), dtype=torch.float32)
     run = _choose_path(hidden_TD.shape[0], num_routed / up_gate.num_experts, device.shared_bytes)
-    run(device, hidden_TD, ids_TA, weights_TA, up_gate, down, h_RF, y_RD)
+    run(_Layer(device, hidden_TD, ids_TA, weights_TA, up_gate, down, h_RF, y_RD))
     out_TD = torch.empty_like(hidden_TD)
     combine: list[Argument] = [y_RD, out_TD, width, ids_TA.shape[1]]
     grid = hidden_TD.shape[0], -(-width // 1024)
@@ -190,61 +204,36 @@ def launch_moe_wint2(
     return out_TD
 
 
-def _choose_path(num_tokens: int, rows_per_expert: float, shared_limit: int) -> Callable[..., None]:
+def _choose_path(num_tokens: int, rows_per_expert: float, shared_limit: int) -> Callable[[_Layer], None]:
     several = _launch_several if shared_limit >= BATCH_SHARED_BYTES else _launch_few
     if num_tokens <= MAX_FEW_TOKENS or rows_per_expert <= MAX_FEW_ROWS:
         return _launch_few
     return several if rows_per_expert <= MAX_SEVERAL_ROWS else _launch_many
 
 
-def _launch_few(
-    device: Device,
-    hidden_TD: Tensor,
-    ids_TA: Tensor,
-    weights_TA: Tensor,
-    up_gate: PackedWint2,
-    down: PackedWint2,
-    h_RF: Tensor,
-    y_RD: Tensor,
-) -> None:
-    num_tokens, experts_per_token = ids_TA.shape
-    used = experts_used(num_tokens, experts_per_token, up_gate.num_experts)
-    tiling = choose_tiling(num_tokens, used, up_gate.num_pairs, up_gate.num_steps, device)
-    down_tiling = choose_tiling(num_tokens, used, down.num_pairs, down.num_steps, device)
-    routed = route_rows(device, ids_TA, up_gate.num_experts, tiling.rows)
-    project(device, up_gate, tiling, routed, hidden_TD, h_RF, None)
-    project(device, down, down_tiling, routed, h_RF, y_RD, weights_TA)
+def _launch_few(of: _Layer) -> None:
+    num_tokens, experts_per_token = of.ids_TA.shape
+    used = experts_used(num_tokens, experts_per_token, of.up_gate.num_experts)
+    tiling, down_tiling = (
+        choose_tiling(num_tokens, used, packed.num_pairs, packed.num_steps, of.device)
+        for packed in (of.up_gate, of.down)
+    )
+    routed = route_rows(of.device, of.ids_TA, of.up_gate.num_experts, tiling.rows)
+    project(of.device, of.up_gate, tiling, routed, of.hidden_TD, of.h_RF, None)
+    project(of.device, of.down, down_tiling, routed, of.h_RF, of.y_RD, of.weights_TA)
 
 
-def _launch_several(
-    device: Device,
-    hidden_TD: Tensor,
-    ids_TA: Tensor,
-    weights_TA: Tensor,
-    up_gate: PackedWint2,
-    down: PackedWint2,
-    h_RF: Tensor,
-    y_RD: Tensor,
-) -> None:
-    rows = sort_rows(device, ids_TA, up_gate.num_experts, BATCH_ROWS)
-    batch_projection(device, up_gate, rows, hidden_TD, h_RF, None)
-    batch_projection(device, down, rows, h_RF, y_RD, weights_TA)
+def _launch_several(of: _Layer) -> None:
+    rows = sort_rows(of.device, of.ids_TA, of.up_gate.num_experts, BATCH_ROWS)
+    batch_projection(of.device, of.up_gate, rows, of.hidden_TD, of.h_RF, None)
+    batch_projection(of.device, of.down, rows, of.h_RF, of.y_RD, of.weights_TA)
 
 
-def _launch_many(
-    device: Device,
-    hidden_TD: Tensor,
-    ids_TA: Tensor,
-    weights_TA: Tensor,
-    up_gate: PackedWint2,
-    down: PackedWint2,
-    h_RF: Tensor,
-    y_RD: Tensor,
-) -> None:
-    tiling = choose_gemm_tiling(ids_TA.numel(), up_gate.num_experts, device)
-    rows = sort_rows(device, ids_TA, up_gate.num_experts, tiling.tokens)
-    gemm_projection(device, up_gate, tiling, rows, hidden_TD, h_RF, None)
-    gemm_projection(device, down, tiling, rows, h_RF, y_RD, weights_TA)
+def _launch_many(of: _Layer) -> None:
+    tiling = choose_gemm_tiling(of.ids_TA.numel(), of.up_gate.num_experts, of.device)
+    rows = sort_rows(of.device, of.ids_TA, of.up_gate.num_experts, tiling.tokens)
+    gemm_projection(of.device, of.up_gate, tiling, rows, of.hidden_TD, of.h_RF, None)
+    gemm_projection(of.device, of.down, tiling, rows, of.h_RF, of.y_RD, of.weights_TA)
 
 
 @dataclass(frozen=True, eq=False)
@@ -286,8 +275,8 @@ def project(
     expert_weights: Tensor | None,
 ) -> None:
     grid = device.num_multiprocessors
-    pairs = min(packed.num_pairs, -(-routed.max_tiles * packed.num_pairs // grid))
-    panels_kept = -(-pairs // tiling.warps_n)  # in a tile, at most
+    panels = -(-packed.num_pairs // tiling.warps_n)
+    panels_kept = min(panels, -(-routed.max_tiles * panels // grid))  # in a tile, at most
     scratch_shape = (grid, panels_kept, tiling.warps_n, 256) if tiling.passes > 1 else (1,)
     strides = (16, 2) if packed.k_order == "natural" else (2, 8)
     arguments: list[Argument] = [packed.records, packed.channels, packed.arithmetic, packed.super_scales]

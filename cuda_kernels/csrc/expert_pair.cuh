@@ -27,6 +27,7 @@ struct Operands {
 template <Arithmetic kArithmetic, int kFirst, int kEnd>
 DEVICE void multiply(Sums& acc, const Words4 (&codes)[2], u32 scales, const Channels (&channels)[2],
                      const Operands& x) {
+    u32 scales_g = scales & 0x0F0F0F0Fu, scales_g8 = scales >> 4 & 0x0F0F0F0Fu;  // byte 2·tile + h, of rows g and g+8
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
         Words4 b[kEnd][2];
@@ -52,14 +53,13 @@ DEVICE void multiply(Sums& acc, const Words4 (&codes)[2], u32 scales, const Chan
                     mma(c[n], second, b[n][pair].z, b[n][pair].w, c[n]);
                 }
             }
-            u32 word = i ? scales >> 16 : scales;
-            float scale = h ? local_scale<2>(word) : local_scale<0>(word);
-            float scale8 = h ? local_scale<3>(word) : local_scale<1>(word);
+            float scale = local_scale(scales_g, 2 * i + h), scale8 = local_scale(scales_g8, 2 * i + h);
 #pragma unroll
             for (int n = kFirst; n < kEnd; ++n) {
                 acc[i][n][0] += scale * c[n][0];
-                acc[i][n][1] += scale * c[n][1];
                 acc[i][n][2] += scale8 * c[n][2];
+                if (ROWS == 1) continue;  // a lane has two columns
+                acc[i][n][1] += scale * c[n][1];
                 acc[i][n][3] += scale8 * c[n][3];
             }
         }
@@ -82,10 +82,19 @@ DEVICE void multiply_steps(Sums& acc, Stream& stream, const Channels (&channels)
     }
 }
 
-// The constants of one pair; loaded before they are needed, which hides the wait.
+// The constants of one pair; brought near a pair before they are needed, which hides the wait.
 struct PairConstants {
     Words4 a, b;
     u32 arithmetic;
+
+    static DEVICE void bring_near(const Weights& weights, int expert, int pair) {
+        if (pair >= weights.pairs) return;
+        long index = expert * weights.pairs + pair;
+        prefetch(weights.channels + (index * 8 + my_lane() / 4) * 2);
+        prefetch(weights.arithmetic + index);
+        prefetch(weights.super_scales + index * 32 + my_lane());
+    }
+
     DEVICE void load(const Weights& weights, int expert, int pair) {
         if (pair >= weights.pairs) return;
         long index = (long)expert * weights.pairs + pair;
@@ -93,7 +102,6 @@ struct PairConstants {
         a = mine[0];
         b = mine[1];
         arithmetic = weights.arithmetic[index];
-        prefetch(weights.super_scales + index * 32 + my_lane());
     }
 };
 

@@ -48,13 +48,14 @@ struct Activations {
     }
 
     DEVICE float row_scale(int row) const { return activation_scale(largest[row]); }
+    DEVICE float inverse_row_scale(int row) const { return bits_float((254u << 23) - float_bits(row_scale(row))); }
 
     // One thread takes a lane's sixteen values of one 64-group of one row.
     DEVICE void stage(const Rows& rows, const Tile& tile, Span span) {
-        int count = (span.end - span.begin) * 2 * ROWS * 4;
+        int lanes = (span.end - span.begin) * 8, count = lanes * tile.rows;
         for (int base = 0; base < count; base += THREADS) {
-            int index = base + threadIdx.x, t = index & 3, row = (index >> 2) % ROWS, group = index / (4 * ROWS);
-            bool live = index < count && row < tile.rows;
+            int index = base + threadIdx.x, t = index & 3, row = index / lanes, group = index % lanes / 4;
+            bool live = index < count;
             float offset = live ? stage_lane(rows, rows.source(tile.first + row), span, group, row, t) : 0.f;
             offset += shuffle_xor(offset, 1);
             offset += shuffle_xor(offset, 2);

@@ -11,7 +11,7 @@ struct Weights {
     const float* super_scales;  // [E, pairs, 2, 16]
     int pairs, steps;
     DEVICE int code_offset() const { return (steps * 32 + 127) & ~127; }
-    DEVICE long record_bytes() const { return code_offset() + steps * 1024L; }
+    DEVICE u32 record_bytes() const { return code_offset() + steps * 1024; }
 };
 
 // Consecutive own steps of one pair.
@@ -21,7 +21,7 @@ struct Stretch {
 
 // One warp's ring of weights on their way. The copies run STAGES - 1 steps ahead of the arithmetic, over panels, tiles
 // and experts alike. `Route::next()` tells one stretch after another that this warp multiplies; after the last one it
-// goes on with single steps that are copied and not used, so that the loop over steps need not know.
+// goes on with any others, which are copied and not used, so that the loop over steps need not know.
 template <class Route>
 struct Stream {
     Weights weights;
@@ -44,9 +44,10 @@ struct Stream {
     DEVICE void advance() {
         Stretch next = route.next();
         left = next.count;
-        const u8* record = weights.records + ((long)next.expert * weights.pairs + next.pair) * weights.record_bytes();
+        u32 index = next.expert * weights.pairs + next.pair;
+        const u8* record = weights.records + (u64)index * weights.record_bytes();
         scales = record + next.step * 32 + my_lane() / 4 * 4;
-        codes = record + weights.code_offset() + next.step * 1024L + my_lane() * 16;
+        codes = record + weights.code_offset() + next.step * 1024 + my_lane() * 16;
     }
 
     DEVICE void copy(int into) {

@@ -69,8 +69,7 @@ DEVICE Span pass_span(int pass, int pass_steps, int steps) {
 // One warp's part of it.
 DEVICE int own_steps(Span span) { return (span.end - span.begin - my_warp_k() + WARPS_K - 1) / WARPS_K; }
 
-// The CTA's run of the flat list of (tile, pair), and its pairs of a tile; in shared memory. Its last panel in a tile may
-// have fewer pairs than warps: CTAs' shares then differ by a pair, not by a panel.
+// The CTA's run of the flat list of (tile, pair), and its pairs of a tile; in shared memory.
 struct Share {
     Routing routing;
     int begin, end, pairs;
@@ -79,7 +78,18 @@ struct Share {
     DEVICE int first_pair(int tile) const { return tile * pairs < begin ? begin - tile * pairs : 0; }
     DEVICE int end_pair(int tile) const { return smaller(end - tile * pairs, pairs); }
 };
+
+// Shares are cut between panels, so that no warp is left without a pair where a CTA comes to another tile. Where nobody
+// gets more panels by it, every tile has CTAs of its own: its rows are then prepared in fewer of them.
 DEVICE Share my_share(const Routing& routing, int pairs) {
-    long units = (long)*routing.num_tiles * pairs;
-    return {routing, (int)(units * blockIdx.x / gridDim.x), (int)(units * (blockIdx.x + 1) / gridDim.x), pairs};
+    int tiles = *routing.num_tiles, ctas = gridDim.x, me = blockIdx.x;
+    int panels = (pairs + WARPS_N - 1) / WARPS_N, all = tiles * panels, own = ctas / tiles;
+    int tile = 0, begin = all * me / ctas, end = all * (me + 1) / ctas;
+    if (own && (panels + own - 1) / own <= (all + ctas - 1) / ctas) {
+        tile = me / own;
+        begin = tile < tiles ? panels * (me % own) / own : 0;
+        end = tile < tiles ? panels * (me % own + 1) / own : 0;
+    }
+    auto pair = [&](int panel) { return (tile + panel / panels) * pairs + panel % panels * WARPS_N; };
+    return {routing, pair(begin), pair(end), pairs};
 }

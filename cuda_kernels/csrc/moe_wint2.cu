@@ -46,7 +46,7 @@ struct Route {
             leave_panel();
             if (count > 0) return {expert, pair, span.begin + my_warp_k(), count};
         }
-        return {0, 0, 0, 1};
+        return {0, 0, 0, steps < WARPS_K ? 1 : steps / WARPS_K};
     }
 
     DEVICE void leave_panel() {
@@ -96,7 +96,7 @@ struct Results {
         }
         if (place.is_last_pass) {
             const float* scale = weights.super_scales + ((long)place.tile.expert * weights.pairs + pair) * 32 + row;
-            float factor = 1.f / x.row_scale(column);
+            float factor = x.inverse_row_scale(column);
             write(out, rows.share.routing.sorted, place.tile.first + column, pair, row, first * factor * scale[0],
                   second * factor * scale[16]);
         } else {
@@ -171,6 +171,7 @@ DEVICE void run_alone(const Results& results, Stream<Route>& stream, Place place
     PairConstants constants;
     constants.load(weights, place.tile.expert, place.panel + my_warp_n());
     for (; place.panel + my_warp_n() < place.end; place.panel += WARPS_N, ++place.kept) {
+        PairConstants::bring_near(weights, place.tile.expert, place.panel + WARPS_N + my_warp_n());
         Sums acc = {};
         Operands x = results.x.operands(0, place.tile.rows);
         sweep<1>(acc, stream, constants, x, own_steps(span));
@@ -190,6 +191,7 @@ DEVICE void run_together(const Results& results, Stream<Route>& stream, Reductio
         Sums acc = {};
         is_live = panel < place.end;
         if (is_live) {
+            PairConstants::bring_near(weights, place.tile.expert, panel + WARPS_N + my_warp_n());
             Operands x = results.x.operands(my_warp_k(), place.tile.rows);
             if (panel + my_warp_n() < place.end) sweep<1>(acc, stream, constants, x, own_steps(span));
             constants.load(weights, place.tile.expert, panel + WARPS_N + my_warp_n());
@@ -210,6 +212,7 @@ DEVICE void run_tile(const Results& results, Stream<Route>& stream, Activations&
     const Share& share = results.rows.share;
     const Tile& tile = share.routing.tiles[tile_index];
     Span span = pass_span(pass, stream.route.pass_steps, results.weights.steps);
+    PairConstants::bring_near(results.weights, tile.expert, share.first_pair(tile_index) + my_warp_n());
     sync_block();
     if (pass == 0) x.measure(results.rows, tile);
     x.stage(results.rows, tile, span);

@@ -97,9 +97,7 @@ DEVICE void decode(u32 row, u32 row8, int pair, const Channels& channels, u32 (&
     expand_pair<kArithmetic>(row8, pair, channels.a[1], channels.b[1], first[1], first[3], second[1], second[3]);
 }
 
-// The 4-bit local scale number `index` (0..3) of a word, as a float: its bits are put in a mantissa where they stand.
-template <int kIndex>
-DEVICE float local_scale(u32 word) {
-    constexpr float unit = 1.f / (1 << 4 * kIndex);
-    return fused(bits_float(and_or(word, 15u << 4 * kIndex, 0x4B000000u)), unit, -0x1p23f * unit);
+// Byte `index` (0..3) of a word as a float, by the multiplier's pipe: it is added to the mantissa of 2^23.
+DEVICE float local_scale(u32 word, int index) {
+    return bits_float(dot_bytes(word, 1u << 8 * index, 0x4B000000u)) - 0x1p23f;
 }

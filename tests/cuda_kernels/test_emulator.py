@@ -85,7 +85,7 @@ WRONG = {
         "wait_copies<STAGES - 2>();",
         "wait_copies<STAGES - 1>();",
     ),
-    "wrong nibble": (decode_h, "wint2.cuh", "word, 15u << 4 * kIndex", "word, 15u << 4 * (kIndex ^ 1)"),
+    "wrong nibble": (decode_h, "expert_pair.cuh", "scales >> 4 & 0x0F", "scales >> 0 & 0x0F"),
     "off by one in a row's end": (
         decode_h,
         "activations.cuh",
