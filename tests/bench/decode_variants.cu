@@ -87,7 +87,7 @@ DEVICE void multiply_half(Sums& c, u32 row, u32 row8, int pair, const Channels& 
 
 DEVICE void add_scaled(u32& sum, float scale, u32 c) { sum = float_bits(bits_float(sum) + scale * bits_float(c)); }
 template <int kIndex>
-DEVICE float scale_of(u32 word) { return local_scale<kIndex>(word); }
+DEVICE float scale_of(u32 word) { return local_scale(word >> kIndex % 2 * 4 & 0x0F0F0F0Fu, kIndex / 2); }
 #endif
 
 // One 64-group `h` of both tiles of a step.
