@@ -11,6 +11,7 @@ import pytest
 from protos.rpc.channel import open_channel, wait_serving
 from protos.wint2.tokenizer.v1 import tokenizer_pb2 as pb
 from protos.wint2.tokenizer.v1 import tokenizer_pb2_grpc
+from tokenizer_svc.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.e2e
 
@@ -47,6 +48,24 @@ async def test_it_serves_and_ends(kind, folders):
         await ask(ready_address(process), folders[kind])
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=10) == 0
+
+
+async def test_a_template_of_ones_own_with_variables_of_the_request(folders, tmp_path):
+    file = tmp_path / "mine.jinja"
+    file.write_text("{{ messages[0].content }}|{{ mode }}|{{ '<|im_end|>' }}")
+    with service(
+        "--model", folders["byte_level"], "--listen", f"unix:{tmp_path}/s", "--chat-template", file
+    ) as process:
+        async with open_channel(ready_address(process)) as channel:
+            stub = tokenizer_pb2_grpc.TokenizerServiceStub(channel)
+            request = pb.ApplyChatTemplateRequest()
+            request.messages.add().update({"role": "user", "content": "a<|im_end|>b"})
+            request.template_kwargs.update({"mode": "fast"})
+            response = await stub.ApplyChatTemplate(request)
+    assert response.text == "a<|im_end|>b|fast|<|im_end|>"
+    tokenizer = load_tokenizer(folders["byte_level"])
+    (end,) = tokenizer.encode("<|im_end|>", add_special_tokens=False, parse_special_tokens=True)
+    assert list(response.token_ids.ids).count(end) == 1
 
 
 async def test_it_listens_on_a_unix_socket(folders, tmp_path):

@@ -18,7 +18,7 @@ import typer
 from wint2.cli.run_typer import run_typer
 from wint2.cli.version import find_version
 from wint2.errors import EXIT_FAILED, CommandError
-from wint2.preflight import check_model, read_json
+from wint2.preflight import check_model
 
 GIB = 1 << 30
 SERVICES = {
@@ -62,7 +62,7 @@ def doctor(
     findings = [*_machine(), *_packages(), *_gpu(), *(_model(model) if model is not None else ())]
     for finding in findings:
         print(f"{finding.state:<5} {finding.subject:<14} {finding.text}")
-    failures = [finding.subject for finding in findings if finding.state == "FAIL"]
+    failures = dict.fromkeys(finding.subject for finding in findings if finding.state == "FAIL")
     if failures:
         raise CommandError(f"not ready: {', '.join(failures)}", EXIT_FAILED)
 
@@ -120,15 +120,12 @@ def _cupy(cuda: str) -> Finding:
 def _model(path: Path) -> Iterator[Finding]:
     try:
         check_model(path)
+        # Without torch its absence is told above, and the files can not be looked into.
+        found = importlib.import_module("wint2.cli.sizes").look_into(path) if find_spec("torch") else []
     except CommandError as error:
-        yield Finding("FAIL", "model", str(error))
+        yield from (Finding("FAIL", "model", line) for line in str(error).splitlines())
         return
-    config = read_json(path / "config.json")
-    size = sum(file.stat().st_size for file in path.rglob("*.safetensors"))
-    experts = f", {config['moe_num_experts']} experts" if "moe_num_experts" in config else ""
-    yield Finding(
-        "ok", "model", f"{config.get('model_type', 'no model_type')}, {size / GIB:.2f} GiB{experts}"
-    )
+    yield from (Finding("note" if index else "ok", "model", line) for index, line in enumerate(found))
 
 
 def main(arguments: list[str]) -> None:
