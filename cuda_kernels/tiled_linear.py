@@ -14,6 +14,7 @@ from torch import Tensor
 from cuda_kernels.build import Variant
 from cuda_kernels.launch import Argument, Device, check, cuda_device
 from cuda_kernels.tiled import Bits, TiledWeight, unpack_tiled
+from cuda_kernels.tiled_batch import batch_linear, batch_linear_variants, choose_batch_tiling
 
 _PLAIN, _GATED, _WEIGHTED = 0, 1, 2
 _SUMS_STRIDE = 36
@@ -21,6 +22,7 @@ _TOKEN_TILES = (1, 2, 4, 8)  # of eight rows each
 _SHARING_PAIRS = (1, 2, 4)
 # Beyond it, a dequantized copy for the matrix library costs less than streaming the weight for every tile.
 MAX_STREAMED_ROWS = 128
+MAX_FEW_ROWS = 16  # beyond it, outputs share x through shared memory
 
 
 def stages_and_blocks(bits: Bits, token_tiles: int) -> tuple[int, int]:
@@ -54,26 +56,27 @@ def swiglu(y_TN: Tensor, weight: TiledWeight) -> Tensor:
 
 
 def launch_tiled_linear(device: Device, x_TK: Tensor, weight: TiledWeight) -> Tensor:
-    """The same by the kernel that streams the weight."""
+    """The same by the kernels that stream the weight."""
     num_tokens = x_TK.shape[0]
     check("x_TK", x_TK, (num_tokens, weight.num_inputs), (torch.bfloat16,))
     y_TN = x_TK.new_empty((num_tokens, weight.num_features))
-    if num_tokens:
-        token_tiles = choose_token_tiles(num_tokens)
-        num_tiles = -(-num_tokens // (8 * token_tiles))
-        rows: list[Argument] = [num_tokens, None, 0, None, None]
-        _launch(
-            device,
-            weight,
-            _GATED if weight.is_gated else _PLAIN,
-            token_tiles,
-            num_tiles,
-            x_TK,
-            rows,
-            y_TN,
-            None,
-        )
+    if num_tokens == 0:
+        return y_TN
+    resources = device.num_multiprocessors, device.shared_bytes
+    tiling = choose_batch_tiling(weight.bits, num_tokens, weight.num_pairs, *resources)
+    if tiling and num_tokens > MAX_FEW_ROWS:
+        batch_linear(device, x_TK, weight, tiling, y_TN)
+    else:
+        _launch_few(device, x_TK, weight, y_TN)
     return y_TN
+
+
+def _launch_few(device: Device, x_TK: Tensor, weight: TiledWeight, y_TN: Tensor) -> None:
+    num_tokens, kind = x_TK.shape[0], _GATED if weight.is_gated else _PLAIN
+    token_tiles = choose_token_tiles(num_tokens)
+    num_tiles = -(-num_tokens // (8 * token_tiles))
+    rows: list[Argument] = [num_tokens, None, 0, None, None]
+    _launch(device, weight, kind, token_tiles, num_tiles, x_TK, rows, y_TN, None)
 
 
 def launch_untile(device: Device, weight: TiledWeight) -> Tensor:
@@ -186,7 +189,7 @@ def variants(bits: Bits) -> list[Variant]:
     shapes = [(*shape, 1) for shape in product(_TOKEN_TILES[:-1], kinds, (4, 8))]
     shapes += product(_TOKEN_TILES[-1:], kinds, (8,), _SHARING_PAIRS)
     untile = [] if bits == 16 else [Variant("untile", (("BITS", bits),))]
-    return [_variant(bits, *shape) for shape in shapes] + untile
+    return [_variant(bits, *shape) for shape in shapes] + batch_linear_variants(bits) + untile
 
 
 def _variant(bits: Bits, token_tiles: int, kind: int, warps: int, pairs: int) -> Variant:

@@ -50,17 +50,17 @@ def attention(
     return run
 
 
-def streamed(bits: Bits) -> Run:
+def streamed(bits: Bits, num_rows: int = 3) -> Run:
     levels = torch.randint(-7, 8, (32, 640), dtype=torch.int8, generator=torch.Generator().manual_seed(1))
     scale = None if bits == 16 else torch.ones(32)
     weight = pack_tiled(levels.bfloat16() if bits == 16 else levels, scale, bits=bits)
-    return lambda device: tiled_linear.launch_tiled_linear(device, drawn(3, 640), weight)
+    return lambda device: tiled_linear.launch_tiled_linear(device, drawn(num_rows, 640), weight)
 
 
 decode, prefill, mixture = attention(((1, 500),)), attention(((70, 90),)), attention(((1, 40), (9, 20)))
 # Six tiles of keys: every slot, and the first ones again.
 hopper = attention(((300, 650),), is_hopper=True, heads=(1, 1))
-HOPPER = "attention_hopper.cu"
+HOPPER, BATCH = "attention_hopper.cu", "tiled_batch.cu"
 PLANTED: dict[str, tuple[Run, str, str, str]] = {
     "norm without its barrier": (run_norm, "norm.cu", "    sync_block();\n    float sum", "    float sum"),
     "norm of the wrong width": (run_norm, "norm.cu", "/ (8 * vectors)", "/ vectors"),
@@ -97,6 +97,14 @@ PLANTED: dict[str, tuple[Run, str, str, str]] = {
     "nibbles swapped": (streamed(4), "tiled.cuh", ">> 8 * (index % 2)", ">> 8 * (1 - index % 2)"),
     "a byte as unsigned": (streamed(8), "tiled.cuh", "(0x1p23f + 128)", "0x1p23f"),
     "warps added too early": (streamed(8), "tiled_linear.cu", "    sync_block();\n", ""),
+    "another lane's piece": (streamed(8, 20), BATCH, "chunk * 4 + t :", "chunk * 4 + (t ^ 1) :"),
+    "rows read too early": (streamed(8, 20), BATCH, "wait_copies<STAGES - 2>", "wait_copies<STAGES - 1>"),
+    "rows of others not waited for": (
+        streamed(8, 20),
+        BATCH,
+        "        sync_block();\n        copies",
+        "        copies",
+    ),
     "a chunk left out": (
         streamed(16),
         "tiled_linear.cu",
