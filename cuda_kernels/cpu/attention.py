@@ -14,11 +14,11 @@ A row's chain of operations depends on its own position only: it has the same bi
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from numba.np.numpy_support import carray
 
 from cuda_kernels.cpu.arrays import Floats, Ints, SmallInts
+from cuda_kernels.cpu.caching import compiled
 from cuda_kernels.cpu.elementwise import clear_row, divide_row, soften_row, transpose
 from cuda_kernels.cpu.kernels import multiply
 from cuda_kernels.cpu.linear import PANEL_BYTES
@@ -35,7 +35,7 @@ _NUM_GIVEN = 25
 FLOAT32, BFLOAT16, INT8, BYTE = range(4)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _keys_to_panel(rows: Ints, num_keys: int, head_bytes: int, panel: int) -> None:
     """Key rows to columns of a panel; past `num_keys`, where nobody looks, some repeat the last key."""
     lanes = np.empty(LANES, np.int64)
@@ -47,7 +47,7 @@ def _keys_to_panel(rows: Ints, num_keys: int, head_bytes: int, panel: int) -> No
     keep(lanes)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _find_keys(
     rows: Ints, first: int, count: int, keys: int, slot_bytes: int, blocks: SmallInts, block_size: int
 ) -> None:
@@ -57,7 +57,7 @@ def _find_keys(
         rows[key] = keys + slot * slot_bytes
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _expand_row(source: int, width: int, kind: int, scale: np.float32, values: Floats, target: int) -> None:
     """One head of a token as float32; `values` are those of each byte."""
     row = carray(pointer(target), (width,), np.float32)
@@ -76,7 +76,7 @@ def _expand_row(source: int, width: int, kind: int, scale: np.float32, values: F
             row[i] = values[codes[i]] * scale
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _expand(
     rows: Ints,
     first: int,
@@ -104,7 +104,7 @@ def _expand(
         rows[key] = target
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _find(
     rows: Ints,
     first: int,
@@ -123,13 +123,13 @@ def _find(
         _expand(rows, first, count, width, blocks, block_size, form, scales, room)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _advance(addresses: Ints, count: int, num_bytes: int) -> None:
     for index in range(count):
         addresses[index] += num_bytes
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _add_values(kernel: int, rows: Ints, num_rows: int, head_bytes: int, num_keys: int) -> None:
     """out += weights · values, 64 features at a time; the rows' addresses of `out` and values move along."""
     for column in range(0, head_bytes, PANEL_BYTES):
@@ -141,7 +141,7 @@ def _add_values(kernel: int, rows: Ints, num_rows: int, head_bytes: int, num_key
     _advance(rows[_OUT], num_rows, PANEL_BYTES - head_bytes)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _attend(
     kernels: tuple[int, int],
     rows: Ints,
@@ -226,7 +226,7 @@ def job(arguments: int) -> None:
     keep(scores)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _tiles(cu_seqlens: SmallInts) -> Ints:
     """(sequence, first row) of every run of query tokens."""
     num_tiles = 0
@@ -241,7 +241,7 @@ def _tiles(cu_seqlens: SmallInts) -> Ints:
     return tiles
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def attention(
     team: tuple[int, int],
     share: int,

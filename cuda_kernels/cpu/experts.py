@@ -10,11 +10,11 @@ Shapes: T tokens, A activated experts per token, R = T · A rows, E experts.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from numba.np.numpy_support import carray
 
 from cuda_kernels.cpu.arrays import Bytes, Floats, Ints, SmallInts
+from cuda_kernels.cpu.caching import compiled
 from cuda_kernels.cpu.elementwise import clear_row, copy_row, swiglu_row
 from cuda_kernels.cpu.kernels import multiply
 from cuda_kernels.cpu.linear import CHUNK, PANEL_BYTES
@@ -35,7 +35,7 @@ Kept = tuple[Floats, Bytes, Bytes, Floats, Ints, Ints, Ints]
 Sizes = tuple[int, int, int]  # values of x, bytes from a panel to the next, panels
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _sort_rows(expert_ids: SmallInts, num_experts: int) -> tuple[Ints, Ints]:
     """(starts [E + 1], choices [R]): expert e has the choices starts[e] .. starts[e + 1]."""
     starts = np.zeros(num_experts + 2, np.int64)
@@ -50,7 +50,7 @@ def _sort_rows(expert_ids: SmallInts, num_experts: int) -> tuple[Ints, Ints]:
     return starts[: num_experts + 1], choices
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _pieces(starts: Ints) -> Ints:
     """(expert, first row, end) of every run of up to CHUNK rows of an expert."""
     pieces = np.empty(((starts[-1] + CHUNK - 1) // CHUNK + len(starts), 3), np.int64)
@@ -63,7 +63,7 @@ def _pieces(starts: Ints) -> Ints:
     return pieces[:index]
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _panel(addresses: Ints, projection: int, panel: int, stride: int) -> tuple[int, int]:
     """Where one panel and its column scales are; 0 for no scales."""
     scale = addresses[projection + 1]
@@ -112,7 +112,7 @@ def up_gate_job(arguments: int) -> None:
     keep(up)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _first_row(choices: Ints, low: int, high: int, choice: int) -> int:
     """The first of rows low .. high whose choice is not below this one."""
     while low < high:
@@ -154,7 +154,7 @@ def down_job(arguments: int) -> None:
         item, place = take(arguments, place, num_items)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _reorder(x: Floats, order: Ints) -> Floats:
     """Columns of x in the order of the weight's K, zeros past its width."""
     out = np.zeros((len(x), len(order)), np.float32)
@@ -165,7 +165,7 @@ def _reorder(x: Floats, order: Ints) -> Floats:
     return out
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _choices(ids: int, weights: int, num_tokens: int, num_activated: int) -> tuple[SmallInts, Floats]:
     """Flat ids and weights; those of the one network where none are given."""
     if ids:
@@ -174,7 +174,7 @@ def _choices(ids: int, weights: int, num_tokens: int, num_activated: int) -> tup
     return np.zeros(num_tokens, np.int32), np.ones(num_tokens, np.float32)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def prepare(
     kernels: tuple[int, int],
     quantizes: tuple[bool, bool],
@@ -214,7 +214,7 @@ def prepare(
     return given, second, (inputs, levels, h, weights, choices, pieces, starts)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def experts(
     team: tuple[int, int],
     shares: tuple[int, int],

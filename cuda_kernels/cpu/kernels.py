@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 
-import numba
 from llvmlite import ir
 from numba import types
+from numba.core.ccallback import CFunc
 
 from cuda_kernels.cpu import dots, tiles
 from cuda_kernels.cpu import vector as v
+from cuda_kernels.cpu.caching import callback
 from cuda_kernels.cpu.panels import KernelName
 from cuda_kernels.cpu.vector import I64, LANES, Builder, Value
 
@@ -89,8 +90,8 @@ _KERNELS: dict[KernelName, Kernel] = {
 
 
 @cache
-def _compiled(name: KernelName) -> numba.core.ccallback.CFunc:
-    return numba.cfunc(_SIGNATURE, cache=True)(_KERNELS[name])
+def _compiled(name: KernelName) -> CFunc:
+    return callback(_SIGNATURE, _KERNELS[name])
 
 
 @cache

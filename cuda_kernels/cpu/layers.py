@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-import numba
 import numpy as np
+from numba.core.dispatcher import Dispatcher
 
 from cuda_kernels.cpu.arrays import Bytes, Floats, Ints, SmallInts
 from cuda_kernels.cpu.attention import FLOAT32, attention
+from cuda_kernels.cpu.caching import compiled
 from cuda_kernels.cpu.elementwise import add_row
 from cuda_kernels.cpu.experts import Kept
 from cuda_kernels.cpu.experts import prepare as prepare_experts
@@ -58,11 +59,9 @@ ExpertWork = tuple[Ints, Ints, Kept]
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def _inner(function: _F) -> _F:
+def _inner(function: _F) -> Dispatcher[_F]:
     """Compiled for compiled code only: what Python would call it through takes time to compile."""
-    options: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-    compiled: _F = numba.njit(nogil=True, cache=True, **options)(function)
-    return compiled
+    return compiled(function, no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 
 @_inner
@@ -186,7 +185,7 @@ def _norm(step: Record, x: Floats, residual: Floats, weight: int) -> Floats:
     return out
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def run_layers(steps: Record, layers: Record, hidden: Floats) -> Floats:
     """Embedded tokens [T, D] to what the head reads; `steps` is one record. Overwrites `hidden`."""
     step, y = steps[0], np.zeros(hidden.shape, np.float32)

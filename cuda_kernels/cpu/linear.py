@@ -5,11 +5,11 @@ An item's result does not depend on who computes it. Arguments are addresses, si
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from numba.np.numpy_support import carray
 
 from cuda_kernels.cpu.arrays import Bytes, Ints
+from cuda_kernels.cpu.caching import compiled
 from cuda_kernels.cpu.kernels import multiply
 from cuda_kernels.cpu.quantized import quantize_rows
 from cuda_kernels.cpu.team import enter, run, take
@@ -42,7 +42,7 @@ def job(arguments: int) -> None:
     keep(y_rows)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def prepare(
     kernel: int,
     x: tuple[int, int],
@@ -67,7 +67,7 @@ def prepare(
     return given, levels
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def linear(
     team: tuple[int, int],
     share: int,

@@ -8,12 +8,12 @@ group's scale one, and so what is computed from it.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from llvmlite import ir
 
 from cuda_kernels.cpu import vector as v
 from cuda_kernels.cpu.arrays import Bytes
+from cuda_kernels.cpu.caching import compiled
 from cuda_kernels.cpu.vector import I8, I32, LANES, VI32, Builder, Value
 from cuda_kernels.formats.layout import GROUP_SIZE
 
@@ -47,7 +47,7 @@ def _quantize(builder: Builder, values: Value, out: Value) -> None:
 quantize_group = v.kernel(_quantize, 2)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def quantize_rows(x: int, stride: int, num_rows: int, width: int) -> Bytes:
     """Rows of `width` floats, whole groups, at an address."""
     num_groups = width // GROUP_SIZE

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import math
 
-import numba
 import numpy as np
 from numba.np.numpy_support import carray
 
 from cuda_kernels.cpu.arrays import Floats, SmallInts
+from cuda_kernels.cpu.caching import compiled
 from cuda_kernels.cpu.elementwise import add_row, copy_row, rms_norm_row, rotate_row
 from cuda_kernels.cpu.vector import keep, pointer
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def add_rms_norm(
     x: int, residual: int, total: int, weight: int, eps: float, out: int, num_rows: int, width: int
 ) -> None:
@@ -32,7 +32,7 @@ def add_rms_norm(
     keep(epsilon)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def rope(
     heads: int, stride: int, num_heads: int, head_bytes: int, positions: int, num_rows: int, cos_sin: int
 ) -> None:
@@ -44,7 +44,7 @@ def rope(
             rotate_row(heads + row * stride + head * head_bytes, angles, head_bytes // 4)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def kv_store(rows: int, stride: int, cache: int, slot_bytes: int, slots: int, num_rows: int) -> None:
     """Rows to their slots of a cache; slot -1 is none."""
     slot_T = carray(pointer(slots), (num_rows,), np.int64)
@@ -53,7 +53,7 @@ def kv_store(rows: int, stride: int, cache: int, slot_bytes: int, slots: int, nu
             copy_row(rows + row * stride, cache + slot_T[row] * slot_bytes, slot_bytes // 4)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def route(
     logits: tuple[int, int, int, int], bias: int, norm_min: float, ids: int, weights: int, num_activated: int
 ) -> None:
@@ -69,7 +69,7 @@ def route(
         _choose(scores_E, probabilities_E, np.float32(norm_min), ids_TA[token], weights_TA[token])
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _softmax(logits: Floats, bias: Floats, probabilities: Floats, scores: Floats) -> None:
     """The experts' probabilities, and those plus bias."""
     peak, total = logits[0], np.float32(0)
@@ -83,7 +83,7 @@ def _softmax(logits: Floats, bias: Floats, probabilities: Floats, scores: Floats
         scores[expert] = probabilities[expert] + bias[expert]
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _choose(
     scores: Floats, probabilities: Floats, norm_min: np.float32, ids: SmallInts, weights: Floats
 ) -> None:

@@ -8,7 +8,6 @@ Arguments are addresses, sizes, and strides in bytes. A row's scratch room is a 
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import cgutils
@@ -16,6 +15,7 @@ from numba.np.numpy_support import carray
 
 from cuda_kernels.cpu import vector as v
 from cuda_kernels.cpu.arrays import Floats, Ints
+from cuda_kernels.cpu.caching import compiled
 from cuda_kernels.cpu.elementwise import copy_row, exp
 from cuda_kernels.cpu.vector import I32, LANES, VI32, Builder, Value, keep, pointer
 
@@ -98,7 +98,7 @@ _tally_row = v.kernel(_tally, 3)
 _penalise_row = v.kernel(_penalise, 4)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _find_peak(row: int, width: int, results: Floats) -> int:
     """The first of the largest values' places; leaves the value in results[0], a NaN if the row has one."""
     _survey_row(row, width, results.ctypes.data)
@@ -113,7 +113,7 @@ def _find_peak(row: int, width: int, results: Floats) -> int:
     return best
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _find_threshold(
     row: int, width: int, wanted_mass: np.float32, wanted_count: int, results: Floats
 ) -> np.float32:
@@ -137,7 +137,7 @@ def _find_threshold(
     return threshold
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _cut(
     row: int, width: int, total: np.float32, top_k: int, top_p: np.float32, min_p: np.float32, results: Floats
 ) -> np.float32:
@@ -153,7 +153,7 @@ def _cut(
     return max(threshold, min_p)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _locate(row: int, width: int, threshold: np.float32, uniform: float, results: Floats) -> int:
     """The first place where the mass of what is not below the threshold exceeds the uniform share of all."""
     masses = np.empty((width + _RUN - 1) // _RUN)
@@ -175,7 +175,7 @@ def _locate(row: int, width: int, threshold: np.float32, uniform: float, results
     return found
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _draw_row(
     row: int,
     width: int,
@@ -199,7 +199,7 @@ def _draw_row(
     return _locate(row, width, threshold, uniform, results)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def draw(
     logits: tuple[int, int, int, int], wishes: tuple[int, int, int, int, int], token_ids: int, peaks: int
 ) -> None:
@@ -226,7 +226,7 @@ def draw(
     keep(results)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def penalise(
     logits: tuple[int, int, int], positions: int, rows: int, num: int, divisors: int, losses: int
 ) -> None:
@@ -246,7 +246,7 @@ def penalise(
             logits_V[token] = (x / by if x > 0 else x * by) - loss_V[token]
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def find_likeliest(values: tuple[int, int, int], count: int, best: int, ids: int) -> None:
     """`values`: address, rows, width; the `count` largest of each row in order, ties by place."""
     address, num_rows, width = values
@@ -257,7 +257,7 @@ def find_likeliest(values: tuple[int, int, int], count: int, best: int, ids: int
         _insert_all(values_RV[row], best_RK[row], ids_RK[row])
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _insert_all(values: Floats, best: Floats, ids: Ints) -> None:
     last, known = len(best) - 1, 0
     for place in range(len(values)):
@@ -271,7 +271,7 @@ def _insert_all(values: Floats, best: Floats, ids: Ints) -> None:
         known += 1
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def forbid(logits: tuple[int, int, int], positions: int, num: int, masks: int, num_words: int) -> None:
     """`logits`: address, stride, width; row `positions[i]` by the bits of row i of the masks."""
     address, stride, width = logits

@@ -26,12 +26,13 @@ import threading
 from collections.abc import Callable
 from functools import cache
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba import types
+from numba.core.ccallback import CFunc
 
 from cuda_kernels.cpu import vector as v
+from cuda_kernels.cpu.caching import callback, compiled
 from cuda_kernels.cpu.vector import I64, Builder, Value, keep
 
 # Bytes apart, so that nobody's waiting slows another's writing.
@@ -71,8 +72,8 @@ _run_job, _give_way = v.kernel(_call, 2), v.kernel(_yield, 1)
 
 
 @cache
-def _compiled(job: Callable[[int], None]) -> numba.core.ccallback.CFunc:
-    return numba.cfunc(_JOB_SIGNATURE, cache=True)(job)
+def _compiled(job: Callable[[int], None]) -> CFunc:
+    return callback(_JOB_SIGNATURE, job)
 
 
 @cache
@@ -83,7 +84,7 @@ def address_of(job: Callable[[int], None]) -> int:
     return address
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def enter(arguments: int) -> tuple[int, int]:
     """The run of items that this thread begins with, and how many runs there are."""
     counters = read(arguments)
@@ -91,7 +92,7 @@ def enter(arguments: int) -> tuple[int, int]:
     return add(counters, 1) % num_runs, num_runs
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def take(arguments: int, place: tuple[int, int], num_items: int) -> tuple[int, tuple[int, int]]:
     """The next item, `num_items` if none is left, and the place that the one after it is taken from."""
     index, num_runs = place
@@ -104,14 +105,14 @@ def take(arguments: int, place: tuple[int, int], num_items: int) -> tuple[int, t
     return num_items, place
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _work(jobs: int, count: int) -> None:
     """Those jobs one after another; nobody waits between them."""
     for index in range(count):
         _run_job(read(jobs + 16 * index), read(jobs + 16 * index + 8))
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def run(team: tuple[int, int], given: tuple[tuple[int, int], ...]) -> None:
     """Have the team (0: nobody else) do jobs, each with the address of its arguments; returns when done."""
     state, give_way = team
@@ -144,7 +145,7 @@ def run(team: tuple[int, int], given: tuple[tuple[int, int], ...]) -> None:
     keep(jobs)
 
 
-@numba.njit(nogil=True, cache=True)
+@compiled
 def _help(state: int, give_way: int) -> None:
     """Join jobs until none has come for some milliseconds."""
     seen, idle = 0, 0
