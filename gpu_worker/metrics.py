@@ -11,6 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from gpu_worker.engine.block_ages import AGE_BUCKETS, Ages, BlockAges
 from gpu_worker.engine.engine import STEP_TOKENS, EngineStats
 from gpu_worker.engine.sequence import Request, StepOutput, Timings
 
@@ -94,6 +95,7 @@ COUNT_BUCKETS = tuple(step * 10**power for power in range(6) for step in (1, 2, 
 HISTOGRAMS: dict[str, tuple[str, Sequence[float]]] = {
     "time_to_first_token_seconds": ("From a request's arrival to its first token.", FIRST_TOKEN_BUCKETS),
     "inter_token_latency_seconds": ("Between two tokens of a completion.", TOKEN_BUCKETS),
+    "time_per_output_token_seconds": ("The same, by its older name.", TOKEN_BUCKETS),
     "request_time_per_output_token_seconds": ("Mean time of a token after the first.", TOKEN_BUCKETS),
     "e2e_request_latency_seconds": ("From a request's arrival to its end.", REQUEST_BUCKETS),
     "request_queue_time_seconds": ("From arrival to the first scheduled step.", REQUEST_BUCKETS),
@@ -126,6 +128,11 @@ ENGINE_METRICS = (
         "Share of KV blocks in use, 0 to 1.",
         lambda s: s.num_used_blocks / max(s.num_blocks, 1),
     ),
+    EngineMetric(
+        "gpu_cache_usage_perc",
+        "The same, by its older name.",
+        lambda s: s.num_used_blocks / max(s.num_blocks, 1),
+    ),
     EngineMetric("kv_cache_blocks", "KV blocks in all.", lambda s: s.num_blocks),
     EngineMetric(
         "pending_prefill_tokens", "Prompt tokens not yet computed.", lambda s: s.num_pending_prefill_tokens
@@ -151,6 +158,16 @@ ENGINE_METRICS = (
         is_total=True,
     ),
 )
+
+
+BLOCK_HISTOGRAMS: dict[str, tuple[str, Callable[[BlockAges], Ages]]] = {
+    "kv_block_lifetime_seconds": ("From a block's allocation to its eviction.", lambda a: a.lifetime),
+    "kv_block_idle_before_evict_seconds": (
+        "From a block's last use to its eviction.",
+        lambda a: a.idle_before_evict,
+    ),
+    "kv_block_reuse_gap_seconds": ("From a block's last use to the next.", lambda a: a.reuse_gap),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,6 +199,7 @@ class EngineCollector(Collector):
         for prefix in self._prefixes:
             yield from self._numbers(prefix, stats)
             yield self._step_sizes(prefix, stats)
+            yield from self._block_ages(prefix, stats.block_ages)
             yield self._silence(prefix)
             yield self._cache_config(prefix)
             yield self._expert_tokens(prefix)
@@ -201,6 +219,14 @@ class EngineCollector(Collector):
         buckets = list(zip([*map(str, STEP_TOKENS), "+Inf"], counts, strict=True))
         family.add_metric((self._model_name,), buckets, stats.num_tokens_total)
         return family
+
+    def _block_ages(self, prefix: str, ages: BlockAges) -> Iterator[Metric]:
+        for name, (text, read) in BLOCK_HISTOGRAMS.items():
+            family = HistogramMetricFamily(prefix + name, text, labels=("model_name",))
+            known = read(ages)
+            buckets = list(zip([*map(str, AGE_BUCKETS), "+Inf"], accumulate(known.counts), strict=True))
+            family.add_metric((self._model_name,), buckets, known.seconds)
+            yield family
 
     def _silence(self, prefix: str) -> Metric:
         family = GaugeMetricFamily(
@@ -289,6 +315,7 @@ class RequestObserver:
             for _ in range(num_tokens):
                 latency = (now - self._last_times[index]) / num_tokens
                 self._metrics.observe("inter_token_latency_seconds", latency)
+                self._metrics.observe("time_per_output_token_seconds", latency)
         elif index == 0:
             self._metrics.observe("time_to_first_token_seconds", now - self._request.arrival_time)
         self._last_times[index] = now

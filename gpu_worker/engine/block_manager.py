@@ -16,6 +16,8 @@ from hashlib import blake2b
 import numpy as np
 from numpy.typing import NDArray
 
+from gpu_worker.engine.block_ages import BlockAges
+
 
 def hash_block(parent: bytes, token_ids: NDArray[np.int32]) -> bytes:
     """Names the content of a full block: its own tokens and, through `parent`, all that come before it.
@@ -35,6 +37,7 @@ class BlockManager:
         self._free: OrderedDict[int, None] = OrderedDict((block, None) for block in range(num_blocks))
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
+        self.ages = BlockAges(num_blocks)
 
     @property
     def num_free(self) -> int:
@@ -67,6 +70,7 @@ class BlockManager:
         for block in blocks:
             if not self._ref_counts[block]:
                 del self._free[block]
+                self.ages.reuse(block)
             self._ref_counts[block] += 1
 
     def allocate(self, count: int) -> list[int]:
@@ -74,7 +78,10 @@ class BlockManager:
         assert count <= len(self._free), f"{count} blocks wanted, {len(self._free)} free"
         taken = [self._free.popitem(last=False)[0] for _ in range(count)]
         for block in taken:
-            self._forget(block)
+            if block in self._hash_of:
+                self.ages.evict(block)
+                self._forget(block)
+            self.ages.write(block)
             self._ref_counts[block] = 1
         return taken
 
@@ -84,6 +91,7 @@ class BlockManager:
             assert self._ref_counts[block] > 0, f"block {block} freed twice"
             self._ref_counts[block] -= 1
             if not self._ref_counts[block]:
+                self.ages.leave(block)
                 self._free[block] = None
                 if block not in self._hash_of:
                     self._free.move_to_end(block, last=False)

@@ -24,6 +24,7 @@ import torch
 from gpu_worker.config import EngineConfig
 from gpu_worker.engine.admission import check_request, longest_total
 from gpu_worker.engine.batch_builder import BatchBuilder
+from gpu_worker.engine.block_ages import BlockAges
 from gpu_worker.engine.block_manager import BlockManager
 from gpu_worker.engine.errors import RequestError
 from gpu_worker.engine.grammars import Constraint, Grammars
@@ -56,6 +57,7 @@ class EngineStats:
     num_prefix_hit_tokens_total: int
     num_tokens_total: int
     num_steps_by_tokens: tuple[int, ...]  # STEP_TOKENS[i - 1] < tokens <= STEP_TOKENS[i]
+    block_ages: BlockAges
 
 
 def _nothing() -> None:
@@ -185,6 +187,7 @@ class Engine:
             num_prefix_hit_tokens_total=self._scheduler.num_hit_tokens,
             num_tokens_total=self._num_tokens,
             num_steps_by_tokens=tuple(self._num_steps_by_tokens.tolist()),
+            block_ages=self._blocks.ages,
         )
 
     def check_integrity(self) -> None:

@@ -45,13 +45,16 @@ def load(path, activations="float32"):
     return load_model(config, device=cpu, dtype=torch.float32, activations=activations)
 
 
-def make_engine(decoder, *, num_blocks=1024, budget=4096, caching=True, chunked=True, dtype=torch.float32):
+def make_engine(
+    decoder, *, num_blocks=1024, budget=4096, caching=True, chunked=True, overlap=False, dtype=torch.float32
+):
     config = EngineConfig(
         decoder.config,
         CacheConfig(BLOCK_SIZE, num_blocks, caching, dtype),
         SchedulerConfig(64, budget, 128, chunked),
         torch.device("cpu"),
         torch.float32,
+        overlap=overlap,
     )
     shape = decoder.config
     sizes = (shape.num_hidden_layers, num_blocks, BLOCK_SIZE, shape.num_key_value_heads, shape.head_dim)
@@ -108,7 +111,7 @@ def alone(decoders):
         pytest.param("float", {"budget": 96}, id="small chunks"),
         pytest.param("float", {"chunked": False}, id="whole prompts"),
         pytest.param("float", {"num_blocks": 64, "budget": 96}, id="preempted"),
-        pytest.param("wint2", {"num_blocks": 64, "budget": 96}, id="preempted, WINT2"),
+        pytest.param("wint2", {"num_blocks": 64, "budget": 96, "overlap": True}, id="overlap, WINT2"),
         pytest.param("integers", {"num_blocks": 64, "budget": 96}, id="preempted, integers"),
     ],
 )

@@ -138,3 +138,66 @@ def test_a_request_of_several_completions_is_one_request(registry):
     assert values["wint2:request_params_n_sum"] == 3
     assert values["wint2:request_max_num_generation_tokens_sum"] == 8
     assert values["wint2:inter_token_latency_seconds_count"] == 21
+
+
+# What vLLM's dashboards and the field's load balancers ask for, by the name of one sample of each.
+VLLM_SAMPLES = [
+    "num_requests_running",
+    "num_requests_waiting",
+    "kv_cache_usage_perc",
+    "gpu_cache_usage_perc",
+    "prefix_cache_queries_total",
+    "prefix_cache_hits_total",
+    "num_preemptions_total",
+    "prompt_tokens_total",
+    "generation_tokens_total",
+    "request_success_total",
+    "request_prompt_tokens_sum",
+    "request_generation_tokens_sum",
+    "iteration_tokens_total_count",
+    "request_max_num_generation_tokens_sum",
+    "request_params_n_sum",
+    "request_params_max_tokens_sum",
+    "time_to_first_token_seconds_count",
+    "inter_token_latency_seconds_count",
+    "request_time_per_output_token_seconds_count",
+    "time_per_output_token_seconds_count",
+    "e2e_request_latency_seconds_count",
+    "request_queue_time_seconds_count",
+    "request_inference_time_seconds_count",
+    "request_prefill_time_seconds_count",
+    "request_decode_time_seconds_count",
+    "cache_config_info",
+    "kv_block_lifetime_seconds_count",
+    "kv_block_idle_before_evict_seconds_count",
+    "kv_block_reuse_gap_seconds_count",
+]
+
+
+def test_every_name_of_vllm_moves(registry):
+    engine, prefixes = make_engine(num_blocks=12, max_num_seqs=4), (PREFIX, VLLM_PREFIX)
+    metrics = RequestMetrics(registry, "m", prefixes)
+    registry.register(EngineCollector(engine.stats, "m", prefixes, EngineFacts(cache_config={"a": "b"})))
+    seen: dict[str, set[float]] = {}
+
+    def look():
+        for name, value in published(registry)[0].items():
+            seen.setdefault(name, set()).add(value)
+
+    look()
+    observers = {}
+    for i in range(9):
+        params = dataclasses.replace(GREEDY, max_tokens=16)
+        request = Request(str(i), [2 + i % 3] * 9, params, arrival_time=time.monotonic())
+        engine.add(request)
+        observers[request.request_id] = metrics.start(request)
+    while engine.has_work:
+        for output in engine.step():
+            observers[output.request_id].add(output)
+        look()
+    for prefix in prefixes:
+        stuck = {name for name in VLLM_SAMPLES if len(seen.get(prefix + name, ())) < 2}
+        # No value before the first request has ended, and one ever after.
+        assert stuck <= {"cache_config_info", "request_success_total"}, stuck
+        assert seen[f"{prefix}cache_config_info"] == {1.0}
+        assert max(seen[f"{prefix}request_success_total"]) == 9

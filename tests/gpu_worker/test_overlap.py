@@ -8,7 +8,7 @@ from gpu_worker.engine.sampler import Sampler
 from gpu_worker.engine.sequence import Request
 from gpu_worker.layers.batch import Batch
 from gpu_worker.sampling_params import SamplingParams
-from tests.fakes_model import EOS, HashModel, make_engine
+from tests.fakes_model import EOS, POISON, HashModel, make_engine
 from tests.gpu_worker.naive_engine import complete
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=9, ignore_eos=True)
@@ -87,3 +87,34 @@ def test_an_aborted_request_leaves_nothing_behind(monkeypatch):
     assert engine.stats().num_used_blocks == 0
     given = run(engine, Request("b", [4, 4, 4], GREEDY))
     assert given["b"] == complete([4, 4, 4], GREEDY, 0, 64).token_ids
+
+
+def test_seeds_penalties_and_logprobs_are_those_of_no_overlap():
+    params = SamplingParams(seed=3, max_tokens=9, ignore_eos=True, frequency_penalty=1.5, logprobs=2, n=2)
+    told = []
+    for overlap in (False, True):
+        engine, outputs = make_engine(overlap=overlap), []
+        engine.add(Request("a", [2, 3, 4], params))
+        engine.add(Request("b", [5], SamplingParams(seed=9, max_tokens=20, top_p=0.7)))
+        while engine.has_work:
+            outputs += [(o.request_id, o.index, o.token_ids, o.logprobs) for o in engine.step()]
+        told.append(sorted(outputs, key=lambda output: output[:2]))
+    assert told[0] == told[1]
+
+
+def test_a_poisoned_request_fails_alone_though_its_next_step_is_under_way(monkeypatch):
+    device = Device(monkeypatch)
+    engine = make_engine(model=device, overlap=True)
+    engine.add(Request("bad", [2, 3, POISON], GREEDY))
+    engine.add(Request("good", [9], GREEDY))
+    outputs = []
+    while engine.has_work:
+        outputs += engine.step()
+        engine.check_integrity()
+    assert device.sizes[1] == 2  # the second step was launched for both
+    (bad,) = [output for output in outputs if output.request_id == "bad"]
+    assert (bad.finish_reason, bad.token_ids) == ("error", [])
+    assert "NaN" in bad.error
+    good = [token for output in outputs if output.request_id == "good" for token in output.token_ids]
+    assert good == complete([9], GREEDY, 0, 64).token_ids
+    assert engine.stats().num_used_blocks == 0

@@ -67,11 +67,12 @@ FORMS = {
 }
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("form", FORMS)
-def test_texts_have_the_wanted_form_in_any_schedule(grammars, form):
+def test_texts_have_the_wanted_form_in_any_schedule(grammars, form, overlap):
     wanted, is_right = FORMS[form]
     params = dataclasses.replace(PARAMS, structured_output=wanted, n=2)
-    engine = make_engine(grammars=grammars, num_blocks=26, max_num_seqs=6, max_model_len=160)
+    engine = make_engine(grammars=grammars, num_blocks=26, max_num_seqs=6, max_model_len=160, overlap=overlap)
     for i in range(8):
         engine.add(Request(f"free {i}", [i + 2] * 9, dataclasses.replace(FREE, seed=i)))
         engine.add(Request(f"{i}", [i + 2] * 5, dataclasses.replace(params, seed=i)))
