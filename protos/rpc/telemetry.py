@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextvars
 import json
 import logging
@@ -84,10 +85,17 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(fields, ensure_ascii=False)
 
 
+def is_worth_telling(record: logging.LogRecord) -> bool:
+    """From Python 3.12 on gRPC logs each call that a stopping server cancels as if that were a fault."""
+    error = record.exc_info[1] if record.exc_info else None
+    return not (record.name.startswith("grpc.") and isinstance(error, asyncio.CancelledError))
+
+
 def configure_logging(level: str, service: str, log_format: LogFormat = "text") -> None:
     """Sends every log line of the process to standard error in the service's format."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter(service) if log_format == "json" else TextFormatter(service))
+    handler.addFilter(is_worth_telling)
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import socket
@@ -71,3 +72,17 @@ def test_metrics_are_served_on_their_port_and_it_is_given_back():
         telemetry.start_metrics_server(server.port, registry, host="127.0.0.1")
     server.close()
     socket.create_server(("127.0.0.1", server.port)).close()
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "is_told"),
+    [
+        ("grpc._cython.cygrpc", asyncio.CancelledError(), False),
+        ("grpc._cython.cygrpc", ValueError(), True),
+        ("gateway.http", asyncio.CancelledError(), True),
+    ],
+)
+def test_a_call_that_a_stopping_server_cancels_is_no_fault(name, error, is_told):
+    told = record(exc_info=(type(error), error, None))
+    told.name = name
+    assert telemetry.is_worth_telling(told) is is_told
