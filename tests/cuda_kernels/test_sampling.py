@@ -205,9 +205,13 @@ def test_a_gpu_draws_as_plain_torch_does_in_any_company(vocab_size, scale):
 
 
 @pytest.mark.gpu
-def test_a_gpu_penalises_as_plain_torch_does():
+def test_a_gpu_edits_as_plain_torch_does():
     logits, divisor, loss = torch.randn(5, 5003), 1 + torch.rand(3, 5003), torch.rand(3, 5003)
     at = torch.tensor([4, 1]), torch.tensor([0, 2])
-    sampling.penalise_plainly(expected := logits.clone(), *at, divisor, loss)
-    sampling.penalise(given := logits.cuda(), *(x.cuda() for x in (*at, divisor, loss)))
+    masks = torch.randint(-(2**31), 2**31, (2, 157)).int()
+    expected, given = logits.clone(), logits.cuda()
+    sampling.penalise_plainly(expected, *at, divisor, loss)
+    sampling.penalise(given, *(x.cuda() for x in (*at, divisor, loss)))
+    sampling.forbid_plainly(expected, at[0], masks)
+    sampling.forbid(given, at[0].cuda(), masks.cuda())
     torch.testing.assert_close(given.cpu(), expected)
