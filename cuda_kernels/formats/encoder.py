@@ -25,12 +25,15 @@ class Plan:
     trial_rounds: int  # alternations of codes and scales before a column chooses among these
     rounds: int  # the same afterwards
     descents: int  # passes of coordinate descent after the feedback pass
+    mirrors: bool = False  # each codebook negated too, by a negative super scale; not under a Hessian
 
 
 PLANS: dict[Effort, Plan] = {
     "fast": Plan(num_codebooks=1, settled_codebooks=1, trial_rounds=1, rounds=0, descents=0),
     "normal": Plan(num_codebooks=4, settled_codebooks=1, trial_rounds=0, rounds=1, descents=2),
-    "best": Plan(num_codebooks=len(CODEBOOKS), settled_codebooks=8, trial_rounds=1, rounds=2, descents=4),
+    "best": Plan(
+        num_codebooks=len(CODEBOOKS), settled_codebooks=8, trial_rounds=1, rounds=4, descents=4, mirrors=True
+    ),
 }
 
 _DAMPING = 0.01  # of the mean diagonal, added to a Hessian
@@ -86,8 +89,10 @@ def _importance_order(hessian: Tensor) -> Tensor:
 
 def _encode(rows: Tensor, metric: Metric, curvature: Curvature | None, plan: Plan) -> Encoding:
     """Scales by the first codebook, a trial of each; a column goes on with the one that suits it best."""
-    count = plan.num_codebooks if curvature is None else plan.settled_codebooks
-    books = [ccq.codebook(*pair).to(rows.device) for pair in CODEBOOKS[:count]]
+    pairs = CODEBOOKS[: plan.num_codebooks if curvature is None else plan.settled_codebooks]
+    signs = (1, -1) if plan.mirrors and curvature is None else (1,)
+    choices = [(sign, pair) for sign in signs for pair in pairs]
+    books = [sign * ccq.codebook(*pair).to(rows.device) for sign, pair in choices]
     fitter = Fitter(rows, metric)
     begin = fitter.fit(books[0], fitter.start(books[0]), 1).scales
     choice, scales = _try_all(fitter, books, begin, plan)
@@ -98,7 +103,7 @@ def _encode(rows: Tensor, metric: Metric, curvature: Curvature | None, plan: Pla
         if curvature is not None:
             settler = Settler(rows[:, columns], curvature, books[number], fit.scales, fit.codes)
             fit = _settle(settler, plan)
-        _fill(found, columns, fit, CODEBOOKS[number])
+        _fill(found, columns, fit, *choices[number])
     return found
 
 
@@ -134,8 +139,8 @@ def _empty(shape: torch.Size, device: torch.device) -> Encoding:
     )
 
 
-def _fill(found: Encoding, columns: Tensor, fit: Fit, pair: tuple[float, float]) -> None:
+def _fill(found: Encoding, columns: Tensor, fit: Fit, sign: int, pair: tuple[float, float]) -> None:
     found.codes[:, columns] = fit.codes.to(torch.uint8)
     found.local_scales[:, columns] = fit.scales.local.to(torch.uint8)
-    found.super_scales[columns] = fit.scales.step.to(torch.bfloat16)
+    found.super_scales[columns] = (sign * fit.scales.step).to(torch.bfloat16)
     found.code_scale[columns], found.code_zp[columns] = pair

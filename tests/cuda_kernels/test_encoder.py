@@ -37,6 +37,10 @@ def test_wint2_on_gaussian_weights(effort, most):
     assert relative_error(wint2, gaussian(512, 32), effort=effort)[0] < most
 
 
+def test_the_highest_effort_mirrors_codebooks_by_negative_super_scales():
+    assert set(wint2.quantize(gaussian(512, 32), effort="best").super_scales.sign().tolist()) == {-1, 1}
+
+
 def test_wint4_gains_from_feedback_too():
     weight, hessian = gaussian(128, 32), uneven_hessian(128)
     stored = [wint4.quantize(weight), wint4.quantize(weight, hessian=hessian)]
