@@ -60,6 +60,36 @@ def test_logits_match_transformers(tmp_path, overrides):
     assert error < 1e-4
 
 
+@settings(
+    deadline=None, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None
+)
+@given(st.data())
+def test_logits_match_transformers_over_random_shapes(tmp_path_factory, data):
+    def draw(low, high):
+        return data.draw(st.integers(low, high))
+
+    kv_heads, layers, start = draw(1, 3), draw(1, 4), draw(0, 3)
+    overrides = {
+        "hidden_size": 8 * draw(2, 12),
+        "intermediate_size": 2 * draw(3, 75),
+        "moe_intermediate_size": 4 * draw(2, 22),  # transformers multiplies in multiples of 16 bytes
+        "num_key_value_heads": kv_heads,
+        "num_attention_heads": kv_heads * draw(1, 4),
+        "head_dim": 2 * draw(2, 16),
+        "num_hidden_layers": layers,
+        "moe_layer_start_index": min(start, layers - 1),
+        "moe_layer_end_index": layers - 1,
+        "moe_num_experts": draw(2, 9),
+        "moe_k": draw(1, 2),
+        "moe_num_shared_experts": draw(0, 2),
+        "tie_word_embeddings": data.draw(st.booleans()),
+    }
+    path = make_tiny_model(tmp_path_factory.mktemp("drawn"), quantized=False, seed=draw(0, 99), **overrides)
+    tokens = random_tokens(draw(1, 70), seed=draw(0, 99))
+    expected = hf_logits(load_hf(path), tokens)
+    assert (logits(load(path), tokens) - expected).norm() / expected.norm() < 1e-4
+
+
 @pytest.mark.parametrize("overrides", [{}, {"moe_k": 4}], ids=["routed", "all experts"])
 def test_bfloat16_is_as_near_to_float32_as_transformers(tmp_path, overrides):
     path = make_tiny_model(tmp_path, quantized=False, **overrides)
