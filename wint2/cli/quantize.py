@@ -31,49 +31,54 @@ SEED_WINT4_LAYERS = 4  # MoE layers that ERNIE-4.5-300B-A47B-2Bits keeps in WINT
 MAX_SAMPLES = 2048
 
 
+OptionalLayer = Annotated[
+    int | None,
+    typer.Option(help="last layer with WINT4 experts, -1 for none [default: the first four MoE layers]"),
+]
+CalibrationText = Annotated[
+    Path | None, typer.Option("--calibration", help="UTF-8 text [default: the text that ships]")
+]
+TuneSteps = Annotated[
+    int, typer.Option(min=0, help="end-to-end tuning afterwards; holds both models in memory")
+]
+TuneSamples = Annotated[
+    int | None,
+    typer.Option(
+        min=0,
+        show_default=False,
+        help="windows the original writes itself to tune on, 0: calibration's "
+        "[default: as many as the steps read, at most 2048]",
+    ),
+]
+TuneRest = Annotated[
+    bool, typer.Option(help="tuning moves norms, attention and shared MLPs, not the experts' scales alone")
+]
+
+
 def quantize(
     source: Annotated[Path, typer.Argument(help="checkpoint directory: Hugging Face's or Paddle's layout")],
     output: Annotated[Path, typer.Argument(help="directory to make; an unfinished run is resumed")],
     format: Annotated[LowFormat, typer.Option(help="of the routed experts; wint2t is the trellis")] = "wint2",
-    wint4_end_layer: Annotated[
-        int | None,
-        typer.Option(help="last layer with WINT4 experts, -1 for none [default: the first four MoE layers]"),
-    ] = None,
+    wint4_end_layer: OptionalLayer = None,
     dense: Annotated[DenseFormat, typer.Option(help="attention, dense and shared MLPs")] = "wint8",
     effort: Annotated[Effort, typer.Option(help="time against error; see docs/formats.md")] = "normal",
     device: Annotated[Device, typer.Option(help="auto: the GPU when there is one")] = "auto",
-    calibration_file: Annotated[
-        Path | None, typer.Option("--calibration", help="UTF-8 text [default: the text that ships]")
-    ] = None,
+    calibration_file: CalibrationText = None,
     num_windows: Annotated[int, typer.Option(min=1, help="calibration windows")] = 64,
     window: Annotated[int, typer.Option(min=2, help="tokens a window")] = 512,
     held_out_windows: Annotated[int, typer.Option(min=0, help="windows to compare the result on")] = 4,
     min_rows: Annotated[int, typer.Option(min=1, help="calibration tokens an expert gets at least")] = 256,
     correct: Annotated[bool, typer.Option(help="fit weights to the original's outputs first")] = True,
-    tune_steps: Annotated[
-        int, typer.Option(min=0, help="end-to-end tuning afterwards; holds both models in memory")
-    ] = 0,
+    tune_steps: TuneSteps = 0,
     tune_batch: Annotated[int, typer.Option(min=1, help="windows a tuning step")] = 8,
-    tune_samples: Annotated[
-        int | None,
-        typer.Option(
-            min=0,
-            show_default=False,
-            help="windows the original writes itself to tune on, 0: calibration's "
-            "[default: as many as the steps read, at most 2048]",
-        ),
-    ] = None,
-    tune_rest: Annotated[
-        bool,
-        typer.Option(help="tuning moves norms, attention and shared MLPs, not the experts' scales alone"),
-    ] = True,
+    tune_samples: TuneSamples = None,
+    tune_rest: TuneRest = True,
 ) -> None:
     """Quantize a checkpoint layer by layer, one expert in memory at a time; run again to resume."""
     try:
         config = read_model_config(source)
         end_layer = first_moe_layers(config) if wint4_end_layer is None else wint4_end_layer
-        samples = min(MAX_SAMPLES, tune_steps * tune_batch) if tune_samples is None else tune_samples
-        tuning = Tuning(tune_steps, tune_batch, samples, tune_rest)
+        tuning = _tuning(tune_steps, tune_batch, tune_samples, tune_rest)
         recipe = Recipe(end_layer, dense, format, effort, correct, correct, min_rows, tuning)
         ids = _token_ids(source, _read_text(calibration_file))
         ids_ST = calibration.windows(ids, num_windows + held_out_windows, window)
@@ -87,6 +92,10 @@ def quantize(
     except OSError as error:
         raise CommandError(f"{error.filename or output}: {error.strerror or error}", EXIT_FAILED) from error
     _conclude(output, report)
+
+
+def _tuning(steps: int, batch: int, samples: int | None, rest: bool) -> Tuning:
+    return Tuning(steps, batch, min(MAX_SAMPLES, steps * batch) if samples is None else samples, rest)
 
 
 def first_moe_layers(config: ModelConfig) -> int:
