@@ -20,8 +20,8 @@ INK = "#1f2328"  # becomes the page's own colour of text
 COLORS = {"wint2": "#d1495b", "wint4": "#2e86ab", "torch int4": "#6a994e", "torch bfloat": "#9a6fb0"}
 LANES = {
     "attention": ("attention",),
-    "dense layers": ("tiled_linear", "nvjet", "splitKreduce", "gemm", "untile"),
-    "experts": ("expert", "moe", "dispatch", "combine", "fragment_rows", "halve_rows"),
+    "dense layers": ("tiled_", "nvjet", "splitKreduce", "gemm", "untile"),
+    "experts": ("expert", "moe", "dispatch", "combine", "fragment_", "halve_rows"),
     "norm, rope, KV, router": ("rms_norm", "rope", "kv_store", "route"),
 }
 OTHER = "others"
@@ -86,9 +86,7 @@ def draw_experts(figures: dict[str, Any]) -> Figure:
         few = [(n, 100 * r / copy) for n, r in zip(tokens, rates, strict=True) if n <= 128]
         shares.plot(*zip(*few, strict=True), "o-", color=color, label=label(op), markersize=3)
     tokens, seconds, limits = roofline(rows, figures)
-    times.plot(
-        tokens, [s * 1e6 for s in limits], "--", color=INK, label="wint2: copy rate, bf16 rate", linewidth=1
-    )
+    times.plot(tokens, [s * 1e6 for s in limits], "--", color=INK, label="wint2's roofline", linewidth=1)
     if name == "300b":
         for column, (op, color) in enumerate(list(COLORS.items())[:2]):
             found = [(n, 1e3 * ms[column]) for n, ms in FASTDEPLOY.items()]
@@ -183,10 +181,11 @@ def draw_layer(axes: Axes, events: list[tuple[str, float, float]]) -> None:
     for name, start, end in events:
         lane = next((lane for lane, words in LANES.items() if any(word in name for word in words)), OTHER)
         color = [*COLORS.values(), INK][lanes.index(lane)]
-        axes.barh(lane, end - start, left=start, color=color, edgecolor=INK, linewidth=0.3)
+        axes.barh(lanes.index(lane), end - start, left=start, color=color, edgecolor=INK, linewidth=0.3)
     for start, end in idle(events):
         axes.axvspan(start, end, color="#e09f3e", alpha=0.35, linewidth=0)
-    axes.set_yticks(lanes)
+    axes.set_yticks(range(len(lanes)), lanes)
+    axes.set_ylim(-0.6, len(lanes) - 0.4)
     axes.invert_yaxis()
     axes.spines[["top", "right"]].set_visible(False)
 
