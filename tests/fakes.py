@@ -89,11 +89,12 @@ class FakeSession:
         else:
             printed = stands_for = text if chunk.end else text[: len(text) - self._held_back(text)]
         new, self.sent = printed[len(self.sent) :], printed
+        ends_here = chunk.end and matched is None
         return tokenizer_pb2.DetokenizePiece(
             session_id=chunk.session_id,
             text=new,
             matched_stop=matched,
-            num_tokens=len(self.ids) if chunk.end else self._num_tokens(len(stands_for.encode())),
+            num_tokens=len(self.ids) if ends_here else self._num_tokens(len(stands_for.encode())),
             finished=chunk.end or matched is not None,
         )
 

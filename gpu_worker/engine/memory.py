@@ -9,6 +9,7 @@ total x gpu_memory_utilization                         a quarter of the memory n
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from gpu_worker.config import ModelConfig
 from gpu_worker.engine.devices import DTYPES
 from gpu_worker.engine.errors import EngineArgsError
 from gpu_worker.layers.kv_cache import KVCache
+
+logger = logging.getLogger(__name__)
 
 GIB = 2**30
 CACHE_DTYPES = DTYPES | {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -95,12 +98,13 @@ def cuda_cache_bytes(utilization: float, activation_bytes: int) -> int:
     """What is left of the GPU for the cache; raises EngineArgsError if nothing is."""
     free, total = torch.cuda.mem_get_info()
     left = int(total * utilization) - (total - free) - activation_bytes
+    found = f"{(total - free) / GIB:.1f} GiB are in use and a step needs {activation_bytes / GIB:.1f} GiB"
     if left <= 0:
         raise EngineArgsError(
             "gpu_memory_utilization",
-            f"{utilization} of {total / GIB:.1f} GiB leaves no room for a KV cache: "
-            f"{(total - free) / GIB:.1f} GiB are in use and a step needs {activation_bytes / GIB:.1f} GiB",
+            f"{utilization} of {total / GIB:.1f} GiB leaves no room for a KV cache: {found}",
         )
+    logger.info("of the GPU's %.1f GiB %s; %.1f GiB are left to the KV cache", total / GIB, found, left / GIB)
     return left
 
 
