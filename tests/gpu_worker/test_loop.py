@@ -71,12 +71,16 @@ async def until(condition) -> None:
             await asyncio.sleep(0.005)
 
 
+def has_made(loop: EngineLoop, num_tokens: int) -> bool:
+    """Whether it has published so many: what it publishes it has told its readers, or does so next."""
+    return loop.stats().num_generation_tokens_total == num_tokens
+
+
 async def test_many_at_once_get_each_their_own(loop):
     alone = {i: await collect(loop, request(f"alone {i}", prompt=(i,))) for i in range(2, 10)}
     together = await asyncio.gather(*(collect(loop, request(str(i), prompt=(i,))) for i in range(2, 10)))
     assert [output.token_ids for output in together] == [output.token_ids for output in alone.values()]
-    await until(lambda: loop.silence_ms == 0)
-    assert loop.load().num_used_blocks == 0
+    await until(lambda: has_made(loop, 2 * 8 * 8) and loop.load().num_used_blocks == 0)
 
 
 async def test_completions_of_one_request_come_under_their_index(loop):
@@ -109,18 +113,18 @@ async def test_abort_ends_the_stream_of_another_client(loop, model):
     reader = asyncio.create_task(collect(loop, request("r", LONG)))
     await until(lambda: loop.silence_ms > 0)
     abort = asyncio.create_task(loop.abort("r"))
+    await asyncio.sleep(0)  # it waits in the inbox before the request can run to its end
     model.gate.set()
     assert await abort
     assert (await reader).finish_reason == "aborted"
     assert not await loop.abort("r")
 
 
-async def test_a_slow_reader_gets_fewer_and_longer_outputs(loop, model):
+async def test_a_slow_reader_gets_fewer_and_longer_outputs(loop):
     lengths = []
     async for output in loop.generate(request("r")):
         lengths.append(len(output.token_ids))
-        await until(lambda: len(model.num_forward_tokens) == 8)
-        await until(lambda: loop.silence_ms == 0)
+        await until(lambda: has_made(loop, 8))
     assert sum(lengths) == 8
     assert len(lengths) <= 3
 
@@ -170,7 +174,7 @@ async def test_drain_aborts_what_is_left_after_the_timeout(loop, model):
     model.gate.clear()
     readers = [asyncio.create_task(collect(loop, request(str(i), LONG))) for i in range(2)]
     await until(lambda: loop.silence_ms > 0)
-    threading.Timer(0.2, model.gate.set).start()
+    asyncio.get_running_loop().call_later(0.2, model.gate.set)  # on this loop: never before the timeout
     assert await loop.drain(0.05) == 2
     assert {(await reader).finish_reason for reader in readers} == {"aborted"}
 

@@ -258,10 +258,17 @@ async def test_metrics_are_served_on_their_port(model, tmp_path, unused_tcp_port
     async with running(model, tmp_path, *flags) as (_, channel):
         async for _ in generate(channel):
             pass
-        reader, writer = await asyncio.open_connection("127.0.0.1", unused_tcp_port)
-        writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
-        page = (await reader.read()).decode()
-        writer.close()
-        name = Path(model).name
-        assert f'wint2:generation_tokens_total{{model_name="{name}"}} 8.0' in page
-        assert f'vllm:num_requests_running{{model_name="{name}"}} 0.0' in page
+        label = f'{{model_name="{Path(model).name}"}}'
+        # The last token is told first and counted a moment later.
+        async with asyncio.timeout(10):
+            while f"wint2:generation_tokens_total{label} 8.0" not in (page := await scrape(unused_tcp_port)):
+                await asyncio.sleep(0.01)
+        assert f"vllm:num_requests_running{label} 0.0" in page
+
+
+async def scrape(port: int) -> str:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
+    page = (await reader.read()).decode()
+    writer.close()
+    return page
