@@ -91,6 +91,10 @@ class TokenizerClient:
             self._chat_template = info.chat_template
         return self._chat_template
 
+    def prepare(self) -> None:
+        """Opens the stream of tokens before somebody waits for it."""
+        self._detokenize.open()
+
     def forget(self) -> None:
         """The tokenizer went away; the one that comes may know other things."""
         self._chat_template, self._joint, self._token_texts = None, None, {}

@@ -1,8 +1,9 @@
 """Token ids to text: all completions of this process share one Detokenize stream.
 
-session.push ─┐                 ┌─► sink.on_piece
+session.push ─┐                                 ┌─► sink.on_piece
 session.push ─┼─► one request ──► one response ─┼─► sink.on_piece      while a request is out, pushes gather
-session.push ─┘                 └─► sink.on_piece
+session.push ─┘                                 └─► sink.on_piece
+session.push ──── texts known here ───────────────► sink.on_piece      while the session is settled
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import logging
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +29,8 @@ from protos.rpc.errors import (
 )
 from protos.wint2.tokenizer.v1 import tokenizer_pb2 as pb
 from protos.wint2.tokenizer.v1 import tokenizer_pb2_grpc
+
+logger = logging.getLogger(__name__)
 
 # A tokenizer that takes longer than this for a batch of tokens is not there any more.
 EXCHANGE_SECONDS = 10.0
@@ -65,7 +69,10 @@ class _Message:
 
 
 class DetokenizeStream:
-    """Opens the stream when first needed, and again after it broke; sessions of a broken stream fail."""
+    """Opens the stream when first needed, and again after it broke; sessions of a broken stream fail.
+
+    `texts` are those of ids that read the same wherever they stand, "" for others; none until learned.
+    """
 
     def __init__(self, stub: tokenizer_pb2_grpc.TokenizerServiceAsyncStub) -> None:
         self._stub = stub
@@ -75,9 +82,18 @@ class DetokenizeStream:
         self._can_send = asyncio.Event()
         self._pump: asyncio.Task[None] | None = None
         self.generation = 0
+        self.texts: Sequence[str] = ()
+
+    def open(self) -> None:
+        """Opens the stream if it is not; chunks do it too."""
+        if self._pump is None or self._pump.done():
+            self._pump = asyncio.create_task(self._run())
 
     def session(self, options: pb.DetokenizeOptions, sink: PieceSink) -> DetokenizeSession:
-        return DetokenizeSession(self, next(self._session_ids), options, sink)
+        """Begun at once: by the time that the first token comes it may be settled."""
+        session = DetokenizeSession(self, next(self._session_ids), options, sink)
+        session.push(())
+        return session
 
     async def decode(self, token_ids: Sequence[int], options: pb.DetokenizeOptions) -> str:
         """The text of ids that are all there."""
@@ -91,8 +107,7 @@ class DetokenizeStream:
         if not self._outbox or len(self._outbox[-1].sessions) == MAX_CHUNKS:
             self._outbox.append(_Message())
         self._can_send.set()
-        if self._pump is None or self._pump.done():
-            self._pump = asyncio.create_task(self._run())
+        self.open()
         return self._outbox[-1].add(session)
 
     async def close(self) -> None:
@@ -109,6 +124,7 @@ class DetokenizeStream:
             try:
                 with StallWatch(EXCHANGE_SECONDS) as watch:
                     stack.callback(asyncio.create_task(self._write(call, watch)).cancel)
+                    stack.callback(asyncio.create_task(self._learn()).cancel)
                     while True:
                         self._answer(await call.read(), watch)
             except grpc.aio.AioRpcError as failure:
@@ -130,6 +146,14 @@ class DetokenizeStream:
                 watch.since = asyncio.get_running_loop().time()
                 await call.write(message.request)
 
+    async def _learn(self) -> None:
+        """What is not known here, the tokenizer is asked for: slower, and the same."""
+        try:
+            answer = await self._stub.GetTokenTexts(pb.GetTokenTextsRequest(), timeout=EXCHANGE_SECONDS)
+            self.texts = list(answer.texts)
+        except grpc.aio.AioRpcError as error:
+            logger.info("the tokenizer does not tell its tokens' texts: %s", error.details())
+
     def _answer(self, response: object, watch: StallWatch) -> None:
         if not isinstance(response, pb.DetokenizeResponse) or self._unanswered is None:
             raise asyncio.InvalidStateError("the stream ended")
@@ -141,6 +165,7 @@ class DetokenizeStream:
     def _fail(self, error: ServiceError | None) -> None:
         """Every session that waits for an answer gets an error of its own unless there is one for all."""
         self.generation += 1
+        self.texts = ()
         messages = [*filter(None, [self._unanswered]), *self._outbox]
         self._unanswered = None
         self._outbox.clear()
@@ -158,21 +183,54 @@ class DetokenizeSession:
         self._stream = stream
         self._sink = sink
         self._options: pb.DetokenizeOptions | None = options
+        self._stop_starts = frozenset(stop[:1] for stop in options.stop)
         self._generation = stream.generation
         self._chunk: pb.DetokenizeChunk | None = None
         self._is_unanswered = False
+        self._is_settled = False
         self._is_over = False
+        self._num_told = 0  # tokens that the tokenizer knows to be printed
+        self._num_untold = 0  # tokens that it does not hear of
 
     @property
     def is_waiting(self) -> bool:
         """Whether a piece is still to come for what was pushed."""
         return not self._is_over and (self._chunk is not None or self._is_unanswered)
 
-    def push(self, token_ids: Iterable[int], *, end: bool = False) -> None:
-        """Asks for the text that `token_ids` make printable; `end` flushes what was held back."""
+    def push(self, token_ids: Sequence[int], *, end: bool = False) -> None:
+        """Asks for the text that `token_ids` make printable; `end` flushes what was held back.
+
+        The sink may have it before this returns.
+        """
         if self._generation != self._stream.generation:
             self.on_lost(tokenizer_lost())
-            return
+        elif self._is_settled and (text := self._text_of(token_ids)) is not None:
+            self._num_untold += len(token_ids)
+            self._tell(Piece(text=text, num_tokens=self._num_told, finished=end))
+            if end:
+                self._send((), end=True)  # frees the tokenizer's state
+        else:
+            self._send(token_ids, end=end)
+
+    def on_sent(self) -> None:
+        self._chunk = None
+        self._is_unanswered = True
+
+    def on_piece(self, piece: Piece) -> None:
+        self._is_unanswered = False
+        self._is_settled = piece.settled and self._chunk is None
+        if not self._is_over:
+            self._tell(piece)
+
+    def _text_of(self, token_ids: Sequence[int]) -> str | None:
+        """Their text if it is known here and may not begin a stop string."""
+        texts = self._stream.texts
+        parts = [texts[token_id] if token_id < len(texts) else "" for token_id in token_ids]
+        text = "".join(parts)
+        return text if all(parts) and self._stop_starts.isdisjoint(text) else None
+
+    def _send(self, token_ids: Iterable[int], *, end: bool) -> None:
+        self._is_settled = False
         if self._chunk is None:
             self._chunk = self._stream.chunk(self)
             if self._options is not None:
@@ -182,19 +240,14 @@ class DetokenizeSession:
         if end:
             self._chunk.end = True
 
-    def on_sent(self) -> None:
-        self._chunk = None
-        self._is_unanswered = True
-
-    def on_piece(self, piece: Piece) -> None:
-        self._is_unanswered = False
-        if self._is_over:
-            return
+    def _tell(self, piece: Piece) -> None:
         self._is_over = piece.finished
         if piece.HasField("error_message"):
             self._sink.on_lost(InvalidArgumentError(piece.error_message))
-        else:
-            self._sink.on_piece(piece)
+            return
+        self._num_told = piece.num_tokens
+        piece.num_tokens += self._num_untold
+        self._sink.on_piece(piece)
 
     def on_lost(self, error: ServiceError) -> None:
         if not self._is_over:
@@ -205,7 +258,7 @@ class DetokenizeSession:
         """Ends a session whose text nobody wants any more."""
         is_known = self._options is None and self._generation == self._stream.generation
         if is_known and not self._is_over:
-            self.push((), end=True)
+            self._send((), end=True)
         self._is_over = True
 
     def __enter__(self) -> DetokenizeSession:

@@ -82,7 +82,9 @@ class Readiness:
     async def _watch_tokenizer(self) -> None:
         async for is_serving in watch_health(self._tokenizer.channel):
             self._is_tokenizer_serving = is_serving
-            if not is_serving:
+            if is_serving:
+                self._tokenizer.prepare()
+            else:
                 self._tokenizer.forget()
             await self._announce()
 

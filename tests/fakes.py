@@ -54,6 +54,9 @@ class FakeTokenizer(tokenizer_pb2_grpc.TokenizerServiceServicer):
             chat_template=self.chat_template,
         )
 
+    async def GetTokenTexts(self, request: Any, context: Any) -> tokenizer_pb2.GetTokenTextsResponse:
+        return tokenizer_pb2.GetTokenTextsResponse(texts=[""] * FIRST_BYTE_ID + [chr(i) for i in range(128)])
+
     async def Detokenize(
         self, requests: Any, context: Any
     ) -> AsyncIterator[tokenizer_pb2.DetokenizeResponse]:
@@ -90,12 +93,15 @@ class FakeSession:
             printed = stands_for = text if chunk.end else text[: len(text) - self._held_back(text)]
         new, self.sent = printed[len(self.sent) :], printed
         ends_here = chunk.end and matched is None
+        num_tokens = len(self.ids) if ends_here else self._num_tokens(len(stands_for.encode()))
+        finished = chunk.end or matched is not None
         return tokenizer_pb2.DetokenizePiece(
             session_id=chunk.session_id,
             text=new,
             matched_stop=matched,
-            num_tokens=len(self.ids) if ends_here else self._num_tokens(len(stands_for.encode())),
-            finished=chunk.end or matched is not None,
+            num_tokens=num_tokens,
+            finished=finished,
+            settled=not finished and num_tokens == len(self.ids),
         )
 
     def _held_back(self, text: str) -> int:

@@ -15,13 +15,15 @@ from tokenizer_svc.vocabulary import TextJoiner
 class Piece:
     """New text of a completion.
 
-    `num_tokens` counts the ids whose text is out entirely; those of a matched stop string count.
+    `num_tokens` counts the ids whose text is out entirely; those of a matched stop string count. `settled`:
+    nothing is held back, and what comes next does not depend on it.
     """
 
     text: str
     matched_stop: str | None
     num_tokens: int
     finished: bool
+    settled: bool = False
 
 
 class IncrementalDetokenizer:
@@ -97,4 +99,5 @@ class IncrementalDetokenizer:
         self._unprinted.clear()
 
     def _piece(self, text: str) -> Piece:
-        return Piece(text, self._matched_stop, self._num_tokens, self._finished)
+        settled = not (self._finished or self._unprinted) and self._joiner.is_settled
+        return Piece(text, self._matched_stop, self._num_tokens, self._finished, settled)

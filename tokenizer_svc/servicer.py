@@ -102,6 +102,12 @@ class TokenizerServicer(tokenizer_pb2_grpc.TokenizerServiceServicer):
             model_path=info.model_path,
         )
 
+    async def GetTokenTexts(
+        self, request: pb.GetTokenTextsRequest, context: Context
+    ) -> pb.GetTokenTextsResponse:
+        texts = await _run(self._encoders, self._tokenizer.vocabulary.fixed_texts)
+        return pb.GetTokenTextsResponse(texts=texts)
+
     def _check_size(self, num_bytes: int, field: str) -> None:
         limit = self._limits.max_text_bytes
         if num_bytes > limit:

@@ -41,6 +41,7 @@ class DetokenizeSessions:
             matched_stop=piece.matched_stop,
             num_tokens=piece.num_tokens,
             finished=piece.finished,
+            settled=piece.settled,
         )
 
     def _session(self, chunk: pb.DetokenizeChunk) -> IncrementalDetokenizer:

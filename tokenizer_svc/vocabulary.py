@@ -29,6 +29,11 @@ class Vocabulary:
         joiner = TextJoiner(self, skip_special_tokens=skip_special_tokens)
         return "".join([joiner.push(token_id) for token_id in token_ids]) + joiner.finish()
 
+    def fixed_texts(self) -> list[str]:
+        """By id, the text that a settled joiner prints for it and stays settled; "" if there is none such."""
+        loose = self.special_ids | self.added_ids
+        return ["" if i in loose else _whole_text(data) for i, data in enumerate(self.token_bytes)]
+
 
 class TextJoiner:
     """Ids in, whole characters out, in constant time a token."""
@@ -48,6 +53,11 @@ class TextJoiner:
         """Bytes of an unfinished character wait."""
         return bool(self._utf8.getstate()[0])
 
+    @property
+    def is_settled(self) -> bool:
+        """What the next id prints does not depend on the ids before it."""
+        return not self._drops_space and not self.is_inside_character
+
     def push(self, token_id: int) -> str:
         """The characters that are complete with this token; ids outside the vocabulary print nothing."""
         vocabulary = self._vocabulary
@@ -64,3 +74,11 @@ class TextJoiner:
     def finish(self) -> str:
         """U+FFFD for the bytes that no character followed."""
         return self._utf8.decode(b"", final=True)
+
+
+def _whole_text(data: bytes) -> str:
+    """The text of bytes that are whole characters, else ""."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return ""

@@ -3,7 +3,8 @@
 python -m tests.bench.bench_gateway [--streams 1024] [--seconds 10] [--pin 0,1] [--smg .peer/bin/smg]
 
 Latency: a token's time at the client minus its time at the engine, over 64 streams at 50 tokens a second; all
-tokens of a step at once, as an engine makes them, and each stream at its own time, as many engines do.
+tokens of a step at once, as an engine makes them, and each stream at its own time, as many engines do. The
+same without the gateway, by gRPC from the engine to a client of the same kind, is what a gateway adds to.
 Throughput: requests of 32 tokens in, 64 out from closed-loop clients. --pin gives the gateway cores of its
 own and leaves the others to engine, tokenizer and clients. Without, all share the cores, so each one's CPU
 time is told: what the gateway's allows on cores of its own follows from it.
@@ -23,7 +24,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from tokenizer_svc.tokenizer import load_tokenizer
 
 Command = list[str]
 PYTHON = sys.executable
+LATENCY_STREAMS = 64
 ECHO = [PYTHON, "-m", "tests.bench.echo_engine"]
 ECHO_VLLM = [PYTHON, "-m", "tests.bench.echo_vllm"]
 
@@ -146,17 +148,21 @@ def smg_stack(smg: str, port: int, load: Load, model: Path) -> dict[str, Command
     }
 
 
-def measure(title: str, commands: dict[str, Command], clients: Clients, load: Load, seconds: float) -> None:
-    """A warm-up, the load, and a few lines."""
+def measure(
+    title: str, commands: dict[str, Command], clients: Clients, load: Load, seconds: float, engine: str = ""
+) -> None:
+    """A warm-up, the load, and a few lines; with `engine`, the load without the gateway beside it."""
     with running(commands, clients.port) as processes:
         clients.run(load.num_streams, 1.0)
         before = {name: cpu_seconds([process]) for name, process in processes.items()}
         seen = clients.run(load.num_streams, seconds)
         spent = {name: cpu_seconds([process]) - before[name] for name, process in processes.items()}
+        direct = replace(clients, engine=engine).run(load.num_streams, seconds) if engine else None
     print(f"{title}: {load.num_streams} streams, a token each {load.step_seconds * 1e3:g} ms")
-    if seen.delays:
-        delays = statistics.quantiles(seen.delays, n=100)
-        print(f"  added to a token   p50 {delays[49] * 1e3:.2f} ms, p99 {delays[98] * 1e3:.2f} ms")
+    if direct is not None:
+        print(f"  engine to client   {in_words(seen.delays)}; without the gateway {in_words(direct.delays)}")
+        added = statistics.median(seen.delays) - statistics.median(direct.delays)
+        print(f"  added to a token   p50 {added * 1e3:.2f} ms")
     print(f"  first token        p50 {statistics.median(seen.first) * 1e3:.1f} ms after the request")
     print(f"  throughput         {seen.rate:.0f} requests/s, {seen.rate * COMPLETION_TOKENS:.0f} tokens/s")
     spent["clients"] = seen.cpu_seconds
@@ -165,13 +171,19 @@ def measure(title: str, commands: dict[str, Command], clients: Clients, load: Lo
     print(f"  a gateway's core   carries {1e3 / each['gateway']:.0f} requests/s", flush=True)
 
 
+def in_words(delays: list[float]) -> str:
+    percentiles = statistics.quantiles(delays, n=100)
+    return f"p50 {percentiles[49] * 1e3:.2f} ms, p99 {percentiles[98] * 1e3:.2f} ms"
+
+
 def measure_ours(title: str, workers: int, load: Load, options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         clocks, port = Path(folder) / "clocks", free_port()
         commands = our_stack(Path(folder), port, workers, load, None)
         commands["gateway"] = Cores(options.pin).pinned(commands["gateway"])
         clients = Clients(port, clocks, num_processes=options.client_processes)
-        measure(title, commands, clients, load, options.seconds)
+        engine = f"unix:{folder}/engine.sock" if load.num_streams == LATENCY_STREAMS else ""
+        measure(title, commands, clients, load, options.seconds, engine)
 
 
 def measure_text(smg: str, load: Load, options: argparse.Namespace) -> None:
@@ -210,8 +222,10 @@ def main() -> None:
     options = parser.parse_args()
     Cores(options.pin).pin_others()
     for workers in (1, 2):
-        measure_ours(f"latency, own pace, {workers} process", workers, Load(64, 0.02, phases=64), options)
-        measure_ours(f"latency, in step, {workers} process", workers, Load(64, 0.02), options)
+        measure_ours(
+            f"latency, own pace, {workers} process", workers, Load(LATENCY_STREAMS, 0.02, phases=64), options
+        )
+        measure_ours(f"latency, in step, {workers} process", workers, Load(LATENCY_STREAMS, 0.02), options)
         measure_ours(f"throughput, {workers} process", workers, Load(options.streams, 0.01), options)
     if options.smg:
         measure_text(options.smg, Load(64, 0.01), options)

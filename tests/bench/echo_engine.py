@@ -156,6 +156,9 @@ def step(call_id: int, call: Echo) -> worker_pb2.GenerateCallResponse:
 class EchoTokenizer(FakeTokenizer):
     """A letter a token, whatever the token."""
 
+    async def GetTokenTexts(self, request: Any, context: Any) -> tokenizer_pb2.GetTokenTextsResponse:
+        return tokenizer_pb2.GetTokenTextsResponse(texts=["x"] * (FIRST_BYTE_ID + 256))
+
     async def Detokenize(self, requests: Any, context: Any) -> AsyncIterator[Any]:
         counts: dict[int, int] = {}
         async for request in requests:
@@ -169,7 +172,7 @@ class EchoTokenizer(FakeTokenizer):
         if chunk.end:
             del counts[chunk.session_id]
         return tokenizer_pb2.DetokenizePiece(
-            session_id=chunk.session_id, text="x" * new, num_tokens=count, finished=chunk.end
+            session_id=chunk.session_id, text="x" * new, num_tokens=count, finished=chunk.end, settled=True
         )
 
 

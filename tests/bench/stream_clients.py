@@ -1,16 +1,21 @@
-"""Closed-loop clients of streamed completions, which speak just enough HTTP to cost little."""
+"""Closed-loop clients of streamed completions, which speak just enough HTTP to cost little, or none."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import uvloop
 
+from gateway.clients import WorkerClient
+from protos.rpc.errors import ServiceError
+from protos.wint2.common.v1.common_pb2 import SamplingParams, TokenIds
+from protos.wint2.worker.v1.worker_pb2 import GenerateRequest, GenerateResponse
 from tests.bench.echo_engine import COMPLETION_TOKENS, MODEL, Clocks, stream_ids
 from tests.fakes import FIRST_BYTE_ID
 
@@ -36,13 +41,15 @@ class Seen:
 @dataclass(frozen=True)
 class Clients:
     """`clocks`: prompts are ids that tell the engine whose they are, and every token's way is timed.
-    Without, `prompt` is text, and only whole answers are counted.
+    Without, `prompt` is text, and only whole answers are counted. With `engine`, its address, they ask it
+    over gRPC, past the gateway.
     """
 
     port: int
     clocks: Path | None = None
     prompt: str = ""
     num_processes: int = 1
+    engine: str = ""
 
     def run(self, num_streams: int, seconds: float) -> Seen:
         """So many streams for so long, dealt out to the processes."""
@@ -51,7 +58,7 @@ class Clients:
             return together(pool.map(self._run_share, shares, [seconds] * self.num_processes))
 
     def _run_share(self, streams: range, seconds: float) -> Seen:
-        share = _Share(self)
+        share = _DirectShare(self) if self.engine else _Share(self)
         started = time.process_time()
         uvloop.run(share.run(streams, seconds))
         share.seen.cpu_seconds = time.process_time() - started
@@ -68,6 +75,10 @@ def together(shares: Iterable[Seen]) -> Seen:
         whole.cpu_seconds += seen.cpu_seconds
         whole.wall_seconds = max(whole.wall_seconds, seen.wall_seconds)
     return whole
+
+
+def prompt_ids(stream: int) -> list[int]:
+    return stream_ids(stream) + [ord("x") + FIRST_BYTE_ID] * (PROMPT_TOKENS - 2)
 
 
 class _Share:
@@ -97,8 +108,7 @@ class _Share:
         fields = f'"model":"{MODEL}","max_tokens":{COMPLETION_TOKENS},"stream":true,"ignore_eos":true'
         if self._clocks is None:
             return f'{{{fields},"prompt":"{self._clients.prompt}","stream_options":{{"include_usage":true}}}}'
-        ids = stream_ids(stream) + [ord("x") + FIRST_BYTE_ID] * (PROMPT_TOKENS - 2)
-        return f'{{{fields},"prompt":{ids},"return_token_ids":true}}'
+        return f'{{{fields},"prompt":{prompt_ids(stream)},"return_token_ids":true}}'
 
     async def _read_answer(self, reader: asyncio.StreamReader, stream: int, asked: float) -> None:
         num_tokens, tail = 0, b""
@@ -121,5 +131,49 @@ class _Share:
         count = 0
         for part in data.split(b'"token_ids":[')[1:]:
             count += part[: part.index(b"]")].count(b",") + 1 if part[:1] != b"]" else 0
-        self.seen.delays += [now - self._clocks[stream, num_before + at] for at in range(count)]
+        self._clock(stream, num_before, count, now)
         return count
+
+    def _clock(self, stream: int, num_before: int, count: int, now: float) -> None:
+        """How long ago the tokens that came now were made."""
+        if self._clocks is not None:
+            self.seen.delays += [now - self._clocks[stream, num_before + at] for at in range(count)]
+
+
+class _DirectShare(_Share):
+    """The same streams, read as a gateway reads them: over one call of the engine's."""
+
+    async def run(self, streams: range, seconds: float) -> None:
+        self._engine = WorkerClient()
+        try:
+            await super().run(streams, seconds)
+        finally:
+            await self._engine.close()
+
+    async def _client(self, stream: int, end: float) -> None:
+        params = SamplingParams(max_tokens=COMPLETION_TOKENS)
+        request = GenerateRequest(prompt=TokenIds(ids=prompt_ids(stream)), sampling_params=params)
+        while time.monotonic() < end:
+            answer = _DirectAnswer(partial(self._clock, stream))
+            never: asyncio.Future[ServiceError] = asyncio.get_running_loop().create_future()
+            with self._engine.generate(self._clients.engine, request, answer, timeout=60, lost=never):
+                await answer.is_over
+            self.seen.num_done += 1
+
+
+class _DirectAnswer:
+    """A completion's tokens as they come."""
+
+    def __init__(self, clock: Callable[[int, int, float], None]) -> None:
+        self._clock = clock
+        self._num_tokens = 0
+        self.is_over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def on_response(self, response: GenerateResponse) -> None:
+        count = len(response.delta.token_ids)
+        self._clock(self._num_tokens, count, time.monotonic())
+        self._num_tokens += count
+
+    def on_end(self, error: ServiceError | None) -> None:
+        assert error is None, error
+        self.is_over.set_result(None)

@@ -57,6 +57,16 @@ async def exchange(call, *chunks) -> list[pb.DetokenizePiece]:
     return list(response.pieces)
 
 
+async def test_fixed_texts(stub, tokenizer):
+    response = await stub.GetTokenTexts(pb.GetTokenTextsRequest())
+    assert list(response.texts) == tokenizer.vocabulary.fixed_texts()
+    call = stub.Detokenize()
+    half = tokenizer.encode("🧿", add_special_tokens=False)[:-1]  # none where an unknown one is one id
+    [a] = tokenizer.encode("a", add_special_tokens=False)[-1:]
+    pieces = await exchange(call, chunk(1, [a, a], options={}), chunk(2, [a, *half], options={}))
+    assert [piece.settled for piece in pieces] == [True, not half]
+
+
 async def test_tokenize(stub, tokenizer):
     response = await stub.Tokenize(pb.TokenizeRequest(texts=HARD_STRINGS))
     assert [list(ids.ids) for ids in response.token_ids] == tokenizer.encode_batch(HARD_STRINGS)
