@@ -8,6 +8,8 @@ from typing import Literal
 
 import torch
 
+from cuda_kernels.formats.layout import KOrder
+
 QuantFormat = Literal["none", "wint8", "wint4", "wint2", "wint2t"]
 
 
@@ -15,18 +17,21 @@ QuantFormat = Literal["none", "wint8", "wint4", "wint2", "wint2t"]
 class QuantizationConfig:
     """Which weights are stored how, read from config.json's `quantization_config`.
 
-    MoE layers up to and including `wint4_end_layer` hold WINT4 experts, the later ones WINT2;
-    None means that no experts are quantized that way.
+    MoE layers up to and including `wint4_end_layer` hold WINT4 experts, those after them WINT2 up to and
+    including `wint2_end_layer`, and any beyond are WINT4 again.
     """
 
     dense: QuantFormat = "none"
-    experts_low: QuantFormat = "none"  # layers <= wint4_end_layer
-    experts_high: QuantFormat = "none"  # layers above
+    experts_low: QuantFormat = "none"  # layers <= wint4_end_layer, and > wint2_end_layer
+    experts_high: QuantFormat = "none"  # layers between
     wint4_end_layer: int = -1
     group_size: int = 64
+    wint2_end_layer: int | None = None  # None: the model's last
+    k_order: KOrder | None = None  # of WINT2 rows, where the checkpoint says it
 
     def expert_format(self, layer: int) -> QuantFormat:
-        return self.experts_low if layer <= self.wint4_end_layer else self.experts_high
+        is_beyond = self.wint2_end_layer is not None and layer > self.wint2_end_layer
+        return self.experts_low if layer <= self.wint4_end_layer or is_beyond else self.experts_high
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cuda_kernels.formats import ccq
 from cuda_kernels.formats.codebooks import CODEBOOKS
-from cuda_kernels.formats.feedback import Curvature, Settler
+from cuda_kernels.formats.feedback import Curvature, Settler, decode
 from cuda_kernels.formats.layout import GROUP_SIZE, FormatError
 from cuda_kernels.formats.scales import Fit, Fitter, Metric, Scales
 
@@ -68,6 +68,13 @@ def encode(slots: Tensor, hessian: Tensor | None, effort: Effort) -> Encoding:
         codes=torch.empty_like(found.codes).index_copy_(0, blocks, found.codes),
         local_scales=torch.empty_like(found.local_scales).index_copy_(0, groups, found.local_scales),
     )
+
+
+def rounded(rows: Tensor) -> Tensor:
+    """f32 [K, N] as rounding alone would decode them: scales by the groups' deviation, then nearest codes."""
+    book = ccq.codebook(*CODEBOOKS[0]).to(rows.device)
+    fit = Fitter(rows, Metric.plain(rows.shape[0], rows.device)).round(book)
+    return decode(book, fit.codes, fit.scales.values)
 
 
 def damp(hessian: Tensor) -> Tensor:

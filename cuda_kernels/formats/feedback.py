@@ -90,7 +90,7 @@ class Settler:
 
     def decode(self) -> Tensor:
         """The weights that codes and scales stand for, f32 [K, N]."""
-        return _decode(self.book, self.codes, self.scales.values)
+        return decode(self.book, self.codes, self.scales.values)
 
     def loss(self) -> Tensor:
         """eᵀ H e of each column, f32 [N]."""
@@ -110,14 +110,14 @@ class Settler:
         old = (
             None
             if pull is None
-            else _decode(self.book, self.codes[blocks], self.scales.values[index : index + 1])
+            else decode(self.book, self.codes[blocks], self.scales.values[index : index + 1])
         )
         best: list[Tensor] = []
 
         def cost(candidate: Scales) -> Tensor:
             moved = targets.clone()
             codes = search.sweep(moved, candidate.values[0], self.book, factors, matrix, old)
-            value = _decode(self.book, codes, candidate.values)
+            value = decode(self.book, codes, candidate.values)
             error = (moved if pull is None else self.rows[group]) - value
             paid = self._paid(error, factors, group, pull)
             _keep_better(best, codes, error, paid)
@@ -134,7 +134,7 @@ class Settler:
 
     def _refit(self) -> None:
         """Least squares under H for the step of each column, its codes and local scales fixed."""
-        levels = _decode(self.book, self.codes, self.scales.local)
+        levels = decode(self.book, self.codes, self.scales.local)
         weighted = self.curvature.hessian @ levels
         size = (weighted * levels).sum(dim=0)
         step = (weighted * self.rows).sum(dim=0) / size.clamp(min=1e-30)
@@ -154,7 +154,7 @@ def _keep_better(best: list[Tensor], codes: Tensor, error: Tensor, paid: Tensor)
     best[:] = [torch.where(wins, new, kept) for new, kept in zip((codes, error, paid), best, strict=True)]
 
 
-def _decode(book: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+def decode(book: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
     """Codes [K/4, N] under scales [K/64, N], f32 [K, N]."""
     columns = codes.shape[1]
     levels = book[codes.long()].movedim(-1, 1).reshape(-1, GROUP_SIZE, columns)

@@ -81,13 +81,22 @@ class Fitter:
 
     def start(self, book: Tensor) -> Scales:
         """Scales to begin with: for every group the best of a few, rounded to multiples of a step."""
-        weight = self._metric.group_weight()
-        base = _RMS_TO_SCALE * (self._energy / weight.clamp(min=1e-30)).sqrt()
+        base = self._base()
         books = Books(book, self._metric)
         best = self._match(books, base)
         for factor in _STARTS:
             best = _better(self._match(books, base * factor), best)
         return snap(best.dot / best.norm.clamp(min=1e-30), best.norm)
+
+    def round(self, book: Tensor) -> "Fit":
+        """Nearest codes under scales that only the groups' deviations choose."""
+        scales = snap(self._base(), torch.ones_like(self._energy))
+        match = self._match(Books(book, self._metric), scales.values)
+        return Fit(match.index, scales, (match.gain + self._energy).sum(dim=0))
+
+    def _base(self) -> Tensor:
+        weight = self._metric.group_weight()
+        return _RMS_TO_SCALE * (self._energy / weight.clamp(min=1e-30)).sqrt()
 
     def fit(self, book: Tensor, scales: Scales, rounds: int) -> "Fit":
         """Alternate codes and scales, beginning and ending with codes."""

@@ -14,6 +14,7 @@ from cuda_kernels.formats.layout import FormatError, check, check_rows, check_we
 MAX_LEVEL = 7
 _ROW_MULTIPLE = 64
 _CLIPS = tuple(part / 20 for part in range(10, 21))  # of the scale that clips nothing
+_DESCENTS = 1  # passes of coordinate descent
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +33,8 @@ def quantize(weight: Tensor, *, hessian: Tensor | None = None) -> Wint4Weight:
     """Round to nearest with scale max|column|/7; a zero column gets scale 0.
 
     With `hessian` [K, K], the second moment of the inputs, columns are clipped where that costs least, and
-    later rows absorb the error of earlier ones, the heaviest inputs first (GPTQ, Frantar et al. 2022).
+    later rows absorb the error of earlier ones, the heaviest inputs first (GPTQ, Frantar et al. 2022). Then
+    scales by least squares and levels by coordinate descent take turns.
     """
     check_weight(weight, _ROW_MULTIPLE)
     if hessian is None:
@@ -41,8 +43,12 @@ def quantize(weight: Tensor, *, hessian: Tensor | None = None) -> Wint4Weight:
     order = hessian.diagonal().argsort(descending=True, stable=True)
     rows, moment = weight.float()[order], damp(hessian.float())[order][:, order]
     scale = _clip(rows, moment.diagonal())
-    levels = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    return Wint4Weight(levels.index_copy_(0, order, _feed_back(rows, scale, moment)), scale)
+    levels = _feed_back(rows, scale, moment)
+    for _ in range(_DESCENTS):
+        scale = _refit(rows, levels, scale, moment)
+        levels = _descend(rows, levels, scale, moment)
+    scale = _refit(rows, levels, scale, moment)
+    return Wint4Weight(torch.empty_like(levels, dtype=torch.int8).index_copy_(0, order, levels.char()), scale)
 
 
 def _clip(rows: Tensor, importance: Tensor) -> Tensor:
@@ -58,19 +64,40 @@ def _clip(rows: Tensor, importance: Tensor) -> Tensor:
 
 
 def _feed_back(rows: Tensor, scale: Tensor, hessian: Tensor) -> Tensor:
-    """Levels int8 [K, N], row after row; 64 rows at a time take what those before them owe."""
+    """Levels f32 [K, N], row after row; 64 rows at a time take what those before them owe."""
     coupling = feedback_couplings(hessian, block=1).matrix
-    targets, errors = rows.clone(), torch.zeros_like(rows)
-    levels = torch.empty(rows.shape, dtype=torch.int8, device=rows.device)
+    targets, errors, levels = rows.clone(), torch.zeros_like(rows), torch.empty_like(rows)
     for start in range(0, len(rows), _ROW_MULTIPLE):
         stop = start + _ROW_MULTIPLE
         targets[start:stop] += coupling[start:stop, :start] @ errors[:start]
         for row in range(start, stop):
-            level = _round(targets[row], scale)
-            errors[row] = targets[row] - level * scale
+            levels[row] = _round(targets[row], scale)
+            errors[row] = targets[row] - levels[row] * scale
             targets[row + 1 : stop] += coupling[row + 1 : stop, row : row + 1] * errors[row]
-            levels[row] = level.to(torch.int8)
     return levels
+
+
+def _descend(rows: Tensor, levels: Tensor, scale: Tensor, hessian: Tensor) -> Tensor:
+    """Levels f32 [K, N] after each row has answered once to the errors of all others (coordinate descent on
+    eᵀ H e)."""
+    levels, errors = levels.clone(), rows - levels * scale
+    for start in range(0, len(rows), _ROW_MULTIPLE):
+        block = hessian[start : start + _ROW_MULTIPLE]
+        pull = block @ errors
+        for row, of_others in enumerate(pull, start):
+            weight = block[row - start, row]
+            levels[row] = _round(rows[row] + of_others / weight - errors[row], scale)
+            error = rows[row] - levels[row] * scale
+            pull += block[:, row : row + 1] * (error - errors[row])
+            errors[row] = error
+    return levels
+
+
+def _refit(rows: Tensor, levels: Tensor, scale: Tensor, hessian: Tensor) -> Tensor:
+    """The bf16 scale of each column by least squares under H; as it was where the levels are all zero."""
+    weighted = hessian @ levels
+    size, found = (weighted * levels).sum(dim=0), (weighted * rows).sum(dim=0)
+    return torch.where(size > 0, found / size.clamp(min=1e-30), scale.float()).to(torch.bfloat16)
 
 
 def _round(weight: Tensor, scale: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -347,14 +348,13 @@ def _cache_bytes(args: EngineArgs, config: EngineConfig, block_bytes: int, model
 
 def describe_quantization(quantization: QuantizationConfig, num_layers: int) -> str:
     """By layer range, in words: "experts of layers 0-6 wint4, 7-53 wint2; dense wint8"."""
-    end = quantization.wint4_end_layer
-    ranges = [
-        (0, end, quantization.experts_low),
-        (max(0, end + 1), num_layers - 1, quantization.experts_high),
+    runs = [
+        (name, list(layers))
+        for name, layers in itertools.groupby(range(num_layers), quantization.expert_format)
     ]
-    experts = ", ".join(f"{first}-{last} {name}" for first, last, name in ranges if first <= last)
-    if {name for first, last, name in ranges if first <= last} == {"none"} and quantization.dense == "none":
+    if {name for name, _ in runs} == {"none"} and quantization.dense == "none":
         return "none"
+    experts = ", ".join(f"{layers[0]}-{layers[-1]} {name}" for name, layers in runs)
     return f"experts of layers {experts}; dense {quantization.dense}"
 
 

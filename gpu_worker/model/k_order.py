@@ -34,13 +34,18 @@ class KOrderFinding:
     evidence: str
 
 
-def choose_k_order(plan: ModelPlan, choice: KOrderChoice) -> KOrderFinding | None:
-    """What was asked for, or what the weights show; None if the model has no WINT2 weight."""
+def choose_k_order(
+    plan: ModelPlan, choice: KOrderChoice, recorded: KOrder | None = None
+) -> KOrderFinding | None:
+    """What was asked for, else what config.json has `recorded`, else what the weights show; None if the model
+    has no WINT2 weight."""
     experts = _wint2_experts(plan)
     if not experts:
         return None
     if choice != "auto":
         return KOrderFinding(choice, "as asked")
+    if recorded is not None:
+        return KOrderFinding(recorded, "as config.json says")
     return judge([expert_norms(expert) for expert in _spread(experts)])
 
 

@@ -68,7 +68,7 @@ def load_model(
         _log.info("compiling the CPU kernels, unless Numba's cache has them")
         _log.info("CPU kernels are ready, %.1f s", compile_kernels())
     # Of the whole model, so that all ranks find the same.
-    order = _k_order(_part(whole, config, ALONE), k_order)
+    order = _k_order(_part(whole, config, ALONE), k_order, config.quantization.k_order)
     part = shard_config(config, ranks)
     loader = _Loader(part, device, dtype, order, activations, plan.stored_bytes, progress, ranks)
     return loader.decoder(plan)
@@ -84,8 +84,8 @@ def _part(plan: ModelPlan, config: ModelConfig, ranks: Ranks) -> ModelPlan:
     return plan if plan.num_ranks == ranks.size == 1 else shard_plan(plan, config, ranks)
 
 
-def _k_order(plan: ModelPlan, choice: KOrderChoice) -> KOrder:
-    finding = choose_k_order(plan, choice)
+def _k_order(plan: ModelPlan, choice: KOrderChoice, recorded: KOrder | None) -> KOrder:
+    finding = choose_k_order(plan, choice, recorded)
     if finding is None:
         return "shuffled"
     _log.info("rows of WINT2 groups are in %s order (%s)", finding.k_order, finding.evidence)

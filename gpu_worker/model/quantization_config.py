@@ -3,10 +3,12 @@
     {"quantization": "wint2", "dense_quant_type": "wint8", "moe_quant_type": "w4w2", "moe_quant_config": {
         "quant_type": "w4w2",
         "moe_w4_quant_config": {"quant_type": "wint4", ..., "quant_start_layer": 0, "quant_end_layer": 6},
-        "moe_w2_quant_config": {"quant_type": "wint2", ..., "quant_group_size": 64, ...}}}
+        "moe_w2_quant_config": {"quant_type": "wint2", ..., "quant_group_size": 64, "quant_end_layer": 53}}}
 
-Only `moe_w4_quant_config.quant_end_layer` decides where WINT2 begins, as in FastDeploy. The block describes
-the files only if they are quantized:
+Only `moe_w4_quant_config.quant_end_layer` decides where WINT2 begins, as in FastDeploy. Where it ends,
+FastDeploy does not ask; experts beyond an end that lies above the beginning are those of the first layers
+again. `k_order` of the WINT2 section is our quantizer's word. The block describes the files only if they are
+quantized:
 
     config.json's own is_quantized, else the block's      both or neither
     else the block's is_moe_quantized                     the experts, or nothing
@@ -17,8 +19,9 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from typing import cast
+from typing import cast, get_args
 
+from cuda_kernels.formats.layout import KOrder
 from gpu_worker.config import QuantFormat, QuantizationConfig
 from gpu_worker.model.json_keys import Keys
 
@@ -101,16 +104,27 @@ def _wint2(keys: Keys, low_format: str) -> QuantizationConfig:
     moe = keys.section("moe_quant_config")
     low, high = moe.section("moe_w4_quant_config"), moe.section("moe_w2_quant_config")
     dense_key = "dense_quant_config" if "dense_quant_config" in keys else "dense_quant_type"
+    begin = low.size("quant_end_layer", 6, minimum=-1)
+    end = high.size("quant_end_layer", 0, minimum=-1)
     found = QuantizationConfig(
         dense=_format(keys, dense_key, "wint8"),
         experts_low=_format(low, "quant_type", "wint4"),
         experts_high=_format(high, "quant_type", low_format),
-        wint4_end_layer=low.size("quant_end_layer", 6, minimum=-1),
+        wint4_end_layer=begin,
+        wint2_end_layer=end if end > begin else None,
         group_size=high.size("quant_group_size", 64, minimum=0) or 64,
+        k_order=_k_order(high),
     )
     for section in (moe, low, high):
         _check(section)
     return found
+
+
+def _k_order(keys: Keys) -> KOrder | None:
+    name = keys.text("k_order", "")
+    if name and name not in get_args(KOrder):
+        keys.wrong("k_order", f"is {name!r}; supported: {', '.join(get_args(KOrder))}")
+    return cast(KOrder, name) if name in get_args(KOrder) else None
 
 
 def _uniform(keys: Keys, expert_key: str, dense_key: str) -> QuantizationConfig:

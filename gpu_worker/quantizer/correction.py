@@ -16,17 +16,23 @@ def moment(x_RK: Tensor) -> Tensor:
     return x_RK.T @ x_RK
 
 
-def refit(weight_KN: Tensor, moment_KK: Tensor, short_KN: Tensor) -> Tensor:
-    """The weight that makes up for what its output lacks: ridge least squares of `short` = xᵀ·lack on x."""
-    return weight_KN + _solve(moment_KK, short_KN)
+def fit(moment_KK: Tensor, x_RK: Tensor, short_RN: Tensor) -> Tensor:
+    """The change [K, N] of a weight that reads x, of moment Σ x xᵀ, which makes up for what its output lacks.
+
+    Ridge least squares, gone along with as far as it holds on rows that it has not seen: what is fitted to
+    one half of the rows is scaled by what suits the other half best.
+    """
+    change_KN = _solve(moment_KK, x_RK, short_RN)
+    halves = list(zip(x_RK.chunk(2), short_RN.chunk(2), strict=True))
+    agreed, size = 0.0, 0.0
+    for (x, short), (other_x, other_short) in zip(halves, reversed(halves), strict=True):
+        foretold = other_x @ _solve(moment(x), x, short)
+        agreed += float((foretold * other_short).sum())
+        size += float(foretold.square().sum())
+    return change_KN * min(1.0, max(0.0, agreed / size if size else 0.0))
 
 
-def see_through(moment_KK: Tensor, x_RK: Tensor, original_RK: Tensor) -> Tensor:
-    """P [K, K] such that x·(W + P·W) is near original·W for any weight W that reads x."""
-    return _solve(moment_KK, x_RK.T @ (original_RK - x_RK))
-
-
-def _solve(moment_KK: Tensor, right_KN: Tensor) -> Tensor:
+def _solve(moment_KK: Tensor, x_RK: Tensor, short_RN: Tensor) -> Tensor:
     ridge = RIDGE * moment_KK.diagonal().mean().clamp(min=1e-30)
     damped = moment_KK + ridge * torch.eye(moment_KK.shape[0], device=moment_KK.device)
-    return torch.cholesky_solve(right_KN, torch.linalg.cholesky(damped))
+    return torch.cholesky_solve(x_RK.T @ short_RN, torch.linalg.cholesky(damped))

@@ -10,6 +10,7 @@ from gpu_worker.quantizer.layer import Balance, LayerResult
 from gpu_worker.quantizer.projection import quantize_projection
 from gpu_worker.quantizer.recipe import ExpertFormat, Recipe
 from gpu_worker.quantizer.source import Source
+from gpu_worker.quantizer.stages import Sample, columns, measure
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,21 +88,33 @@ class ExpertQuantizer:
         moment = correction.moment(x_RD)
         if not self.recipe.correct_experts:
             return Moments(moment, None)
-        return Moments(moment, correction.see_through(moment, x_RD, original_RD))
+        return Moments(moment, correction.fit(moment, x_RD, original_RD - x_RD))
 
     def _quantize(self, name: str, weights: tuple[Tensor, Tensor], rows: Rows, moments: Moments) -> None:
-        up_gate, down = weights
+        up_gate, fitted = weights[0], weights[0]
         if moments.see_through is not None:
-            up_gate = up_gate + moments.see_through @ up_gate
-        up_gate = self._store(f"{name}.up_gate_proj", up_gate, moments.moment)
-        inner_RF = forward.swiglu(self.inputs.x_RD[rows.index], up_gate)
-        weighted_RF = inner_RF * rows.weights
-        moment = correction.moment(weighted_RF)
+            fitted = up_gate + moments.see_through @ up_gate
+        x_RD, original_RD = self.inputs.x_RD[rows.index], self.inputs.original_RD[rows.index]
+        self._measure("up_gate", x_RD, original_RD @ columns(up_gate), (up_gate, fitted), moments.moment)
+        inner_RF = forward.swiglu(x_RD, self._store(f"{name}.up_gate_proj", fitted, moments.moment))
+        weighted_RF, down = inner_RF * rows.weights, weights[1]
+        moment, fitted = correction.moment(weighted_RF), down
         if self.recipe.correct_experts:
             short_RD = (self.balance.deficit[rows.index] - weighted_RF @ down) * rows.is_fair
-            down = correction.refit(down, moment, weighted_RF.T @ short_RD)
-        down = self._store(f"{name}.down_proj", down, moment)
-        self.balance.pay(inner_RF @ down * rows.routed, rows.index)
+            fitted = down + correction.fit(moment, weighted_RF, short_RD)
+        wanted_RC = columns(self.balance.deficit[rows.index] * rows.is_fair)
+        self._measure("down", weighted_RF * rows.is_fair, wanted_RC, (down, fitted), moment)
+        stored = self._store(f"{name}.down_proj", fitted, moment)
+        self.balance.pay(inner_RF @ stored * rows.routed, rows.index)
+
+    def _measure(
+        self, part: str, x_RK: Tensor, wanted_RC: Tensor, weights: tuple[Tensor, Tensor], moment: Tensor
+    ) -> None:
+        """See, of the layer's first expert alone, what each stage of the encoder gains."""
+        if part not in self.result.stages:
+            plain, fitted = columns(weights[0]), columns(weights[1])
+            sample = Sample(x_RK, wanted_RC, plain, plain if weights[0] is weights[1] else fitted, moment)
+            self.result.stages[part] = measure(sample, self.format, self.recipe.effort)
 
     def _store(self, name: str, weight: Tensor, moment: Tensor) -> Tensor:
         return self.result.add(quantize_projection(name, weight, self.format, self.recipe.effort, moment))

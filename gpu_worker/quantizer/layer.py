@@ -33,6 +33,8 @@ class LayerResult:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     projections: list[dict[str, object]] = field(default_factory=list)
     rows_per_expert: list[int] = field(default_factory=list)
+    stages: dict[str, dict[str, float]] = field(default_factory=dict)  # of a projection, what each left over
+    fits: dict[str, list[float]] = field(default_factory=dict)  # stream error as it was, and fitted
     stream_error: float = 0.0  # |h - ĥ|² / |h|² of the residual stream behind the layer
 
     def add(self, projection: Projection) -> Tensor:
@@ -47,6 +49,8 @@ class LayerResult:
         return {
             "stream_error": self.stream_error,
             "rows_per_expert": self.rows_per_expert,
+            "stages": self.stages,
+            "fits": self.fits,
             "projections": self.projections,
         }
 
@@ -65,7 +69,11 @@ class Balance:
 
     def error(self) -> float:
         """|h - ĥ|² / |h|²."""
-        return float(self.deficit.square().sum() / self.original.square().sum())
+        return self.relative(self.deficit)
+
+    def relative(self, lack_RD: Tensor) -> float:
+        """The same, were `lack` the deficit."""
+        return float(lack_RD.square().sum() / self.original.square().sum())
 
     def pay(self, value: Tensor, rows: Tensor | slice = slice(None)) -> None:
         """The quantized model has added `value` to `rows`."""
@@ -131,10 +139,14 @@ class DenseQuantizer:
     ) -> None:
         """A projection into the residual stream, corrected so that x·W comes nearer to the deficit."""
         weight = self._source.linear(stored)
-        if self._recipe.correct_dense:
-            short_RD = balance.deficit - x_RK @ weight
-            weight = correction.refit(weight, correction.moment(x_RK), x_RK.T @ short_RD)
+        if not self._recipe.correct_dense:
+            balance.pay(x_RK @ self._store(name, weight, result))
+            return
+        short_RD = balance.deficit - x_RK @ weight
+        without = balance.relative(short_RD)
+        weight = weight + correction.fit(correction.moment(x_RK), x_RK, short_RD)
         balance.pay(x_RK @ self._store(name, weight, result))
+        result.fits[name.split(".", 2)[2]] = [without, balance.error()]
 
     def _store(self, name: str, weight: Tensor, result: LayerResult) -> Tensor:
         return result.add(quantize_projection(name, weight, self._recipe.dense, self._recipe.effort))

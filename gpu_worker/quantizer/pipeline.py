@@ -78,18 +78,28 @@ def quantize_checkpoint(
         for layer in run.remaining_layers():
             run.quantize_layer(layer, on_progress)
         run.finish()
+    report = run.report()
+    if recipe.tuning.steps:
+        report |= _evaluate("untuned", partial, source, held_out_ST, on_progress)
     losses = _tune(partial, source, recipe, calibration_ST if tuning_ST is None else tuning_ST, on_progress)
-    with torch.inference_mode():
-        run.seal()
-        report = run.report() | {"tuning": losses}
-        if held_out_ST is not None:
-            written = Source(read_model_config(partial), source.device)
-            report["evaluation"] = asdict(evaluate(written, held_out_ST, source, on_progress))
+    run.seal()
+    report |= {"tuning": losses} | _evaluate("evaluation", partial, source, held_out_ST, on_progress)
     write_json(partial / REPORT_NAME, report)
     (partial / html_report.NAME).write_text(html_report.render(report), encoding="utf-8")
     run.clean()
     partial.rename(output_dir)
     return report
+
+
+def _evaluate(
+    name: str, partial: Path, source: Source, held_out_ST: Tensor | None, on_progress: OnProgress
+) -> dict[str, Any]:
+    """What held-out windows say of the written files, under its name in the report; nothing without any."""
+    if held_out_ST is None:
+        return {}
+    with torch.inference_mode():
+        written = Source(read_model_config(partial), source.device)
+        return {name: asdict(evaluate(written, held_out_ST, source, on_progress))}
 
 
 def num_weights(config: ModelConfig, layer: int) -> int:

@@ -23,9 +23,11 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Attention, dense MLPs and shared experts in WINT8; experts in WINT4 up to a layer, then two bits."""
+    """Attention, dense MLPs and shared experts in WINT8; experts in WINT4 up to a layer, then two bits up to
+    another, then WINT4 again."""
 
     wint4_end_layer: int = -1  # the last layer with WINT4 experts; -1 for none
+    low_end_layer: int | None = None  # the last layer with 2-bit experts; None for the model's last
     dense: DenseFormat = "wint8"
     low: LowFormat = "wint2"
     effort: Effort = "normal"
@@ -35,11 +37,15 @@ class Recipe:
     tuning: Tuning = Tuning()
 
     def expert_format(self, layer: int) -> ExpertFormat:
-        return "wint4" if layer <= self.wint4_end_layer else self.low
+        is_low = layer > self.wint4_end_layer and (self.low_end_layer is None or layer <= self.low_end_layer)
+        return self.low if is_low else "wint4"
 
     def quantization_config(self, config: ModelConfig) -> dict[str, Any]:
-        """The `quantization_config` that FastDeploy's ERNIE-4.5 2-bit checkpoints carry."""
-        last = config.num_hidden_layers - 1
+        """The `quantization_config` that FastDeploy's ERNIE-4.5 2-bit checkpoints carry, and the K order.
+
+        FastDeploy itself reads no `quant_end_layer` of the 2-bit experts: to it they go on to the last layer.
+        """
+        last = config.num_hidden_layers - 1 if self.low_end_layer is None else self.low_end_layer
         return {
             "quantization": self.low,
             "dense_quant_type": self.dense,
@@ -57,6 +63,7 @@ class Recipe:
                     "quant_group_size": 64,
                     "quant_start_layer": self.wint4_end_layer + 1,
                     "quant_end_layer": last,
+                    "k_order": "shuffled",
                 },
             },
         }

@@ -6,6 +6,8 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from gpu_worker.quantizer import stages
+
 NAME = "report.html"
 _TEMPLATE = Path(__file__).with_name("report_template.html")
 _WIDTH, _HEIGHT, _LEFT, _BOTTOM = 720, 180, 56, 22
@@ -38,6 +40,7 @@ def render(report: dict[str, Any]) -> str:
         title=html.escape(report["source"]["name"]),
         tiles="".join(_tile(*tile) for tile in _tiles(report)),
         notes="".join(f"<p class=warn>{html.escape(note)}</p>" for note in starved_experts(report)),
+        stages="".join(map(_cells, _stages(report))),
         plots="".join(plots),
         rows="".join(_row(number, layer) for number, layer in enumerate(layers)),
     )
@@ -79,12 +82,32 @@ def _tile(label: str, value: str) -> str:
     return f"<div class=tile><b>{html.escape(value)}</b><span>{html.escape(label)}</span></div>"
 
 
+def _stages(report: dict[str, Any]) -> Iterable[tuple[str, str, str]]:
+    """What was done, to what, and what was left of the error."""
+    for format, stage, up_gate, down in stages.table(report["layers"]):
+        yield stage, f"{format} experts", f"up_gate {up_gate:.4f}, down {down:.4f} of the output"
+    for name, without, fitted in stages.fits(report["layers"]):
+        yield "fitted", name, f"{fitted:.5f} of the residual stream, {without:.5f} without"
+    untuned = report.get("untuned")
+    if untuned:
+        found = report["evaluation"]
+        yield (
+            "tuned",
+            f"{len(report['tuning'])} steps",
+            f"KL {found['kl']:.4f} nats, {untuned['kl']:.4f} before",
+        )
+
+
+def _cells(cells: Iterable[str]) -> str:
+    return "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
+
+
 def _row(number: int, layer: Layer) -> str:
     experts = _experts(layer)
     formats = sorted({p["format"] for p in layer["projections"]})
     cells = [str(number), ", ".join(formats), f"{_bits(layer):.3f}", f"{layer['stream_error']:.4f}"]
     cells += [f"{_mean(experts, 'weight_error'):.4f}", f"{_mean(experts, 'output_error'):.4f}"]
-    return "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
+    return _cells(cells)
 
 
 def _plot(title: str, unit: str, values: Sequence[float]) -> str:

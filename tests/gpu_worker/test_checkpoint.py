@@ -259,6 +259,7 @@ def test_without_evidence_the_newer_order_is_assumed_and_said(tmp_path):
     assert finding.k_order == "shuffled"
     assert "undecided" in finding.evidence
     assert choose_k_order(plan(path), "natural").evidence == "as asked"
+    assert choose_k_order(plan(path), "auto", recorded="natural").evidence == "as config.json says"
 
 
 def test_a_model_without_wint2_has_no_order_to_find(tiny):

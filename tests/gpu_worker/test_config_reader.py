@@ -61,10 +61,23 @@ def test_everything_that_is_wrong_is_said_at_once(tmp_path):
 
 
 def test_the_published_wint2_block(tmp_path):
-    expected = QuantizationConfig("wint8", "wint4", "wint2", 1, 64)
+    expected = QuantizationConfig("wint8", "wint4", "wint2", 1, 64, wint2_end_layer=2)
     assert read(tmp_path, CONFIG | WINT2).quantization == expected
     first_name = {"quantization": "wint2", "dense_quant_config": "wint4"}
     assert read_block(tmp_path, **first_name) == QuantizationConfig("wint4", "wint4", "wint2", 6, 64)
+
+
+def test_experts_beyond_the_end_of_wint2_are_wint4_again_and_the_k_order_is_read(tmp_path):
+    sections = {
+        "moe_w4_quant_config": {"quant_end_layer": 0},
+        "moe_w2_quant_config": {"quant_end_layer": 1, "k_order": "natural"},
+    }
+    found = read_block(tmp_path, quantization="wint2", moe_quant_config=sections)
+    assert [found.expert_format(layer) for layer in range(4)] == ["wint4", "wint2", "wint4", "wint4"]
+    assert found.k_order == "natural"
+    sections["moe_w2_quant_config"] = {"k_order": "reversed"}
+    with pytest.raises(ConfigError, match="k_order is 'reversed'; supported: shuffled, natural"):
+        read_block(tmp_path, quantization="wint2", moe_quant_config=sections)
 
 
 NONE = QuantizationConfig()

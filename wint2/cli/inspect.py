@@ -50,7 +50,8 @@ def inspect(
         print(f"note       {note}")
     print("\n".join(_table(plan)))
     order = choose_k_order(plan, "auto")
-    print(f"K order    {order.k_order} ({order.evidence})" if order else "K order    no WINT2 weights")
+    said = f"; config.json says {config.quantization.k_order}" if config.quantization.k_order else ""
+    print(f"K order    {order.k_order} ({order.evidence}{said})" if order else "K order    no WINT2 weights")
     for line in _listing(checkpoint) if tensors else ():
         print(line)
     _check_sums(directory, verify)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,7 +14,7 @@ import typer
 from gpu_worker.config import ModelConfig
 from gpu_worker.model.config_reader import read_model_config
 from gpu_worker.model.errors import CheckpointError, ConfigError
-from gpu_worker.quantizer import calibration, memory
+from gpu_worker.quantizer import calibration, memory, stages
 from gpu_worker.quantizer.errors import QuantizeError
 from gpu_worker.quantizer.pipeline import REPORT_NAME, quantize_checkpoint
 from gpu_worker.quantizer.recipe import DenseFormat, LowFormat, Recipe, Tuning
@@ -34,6 +36,10 @@ MAX_SAMPLES = 2048
 OptionalLayer = Annotated[
     int | None,
     typer.Option(help="last layer with WINT4 experts, -1 for none [default: the first four MoE layers]"),
+]
+LowEndLayer = Annotated[
+    int | None,
+    typer.Option(show_default=False, help="last layer with 2-bit experts, WINT4 again beyond [default: all]"),
 ]
 CalibrationText = Annotated[
     Path | None, typer.Option("--calibration", help="UTF-8 text [default: the text that ships]")
@@ -60,6 +66,7 @@ def quantize(
     output: Annotated[Path, typer.Argument(help="directory to make; an unfinished run is resumed")],
     format: Annotated[LowFormat, typer.Option(help="of the routed experts; wint2t is the trellis")] = "wint2",
     wint4_end_layer: OptionalLayer = None,
+    low_end_layer: LowEndLayer = None,
     dense: Annotated[DenseFormat, typer.Option(help="attention, dense and shared MLPs")] = "wint8",
     effort: Annotated[Effort, typer.Option(help="time against error; see docs/formats.md")] = "normal",
     device: Annotated[Device, typer.Option(help="auto: the GPU when there is one")] = "auto",
@@ -79,7 +86,7 @@ def quantize(
         config = read_model_config(source)
         end_layer = first_moe_layers(config) if wint4_end_layer is None else wint4_end_layer
         tuning = _tuning(tune_steps, tune_batch, tune_samples, tune_rest)
-        recipe = Recipe(end_layer, dense, format, effort, correct, correct, min_rows, tuning)
+        recipe = Recipe(end_layer, low_end_layer, dense, format, effort, correct, correct, min_rows, tuning)
         ids = _token_ids(source, _read_text(calibration_file))
         ids_ST = calibration.windows(ids, num_windows + held_out_windows, window)
         model = Source(config, find_device(device))
@@ -134,8 +141,11 @@ def _announce(config: ModelConfig, recipe: Recipe, fitted_ST: torch.Tensor, mode
     bound = memory.bound_bytes(config, recipe, fitted_ST.numel())
     output = size(memory.output_bytes(config, recipe))
     print(f"model        {size(model.num_bytes)}, {config.num_hidden_layers} layers, on {model.device}")
-    print(f"output       about {output}: experts WINT4 to layer {recipe.wint4_end_layer}, ", end="")
-    print(f"then {recipe.low.upper()}; attention and dense {recipe.dense}; effort {recipe.effort}")
+    runs = itertools.groupby(range(config.num_hidden_layers), recipe.expert_format)
+    spans = [(name.upper(), list(layers)) for name, layers in runs]
+    experts = ", ".join(f"{name} in layers {span[0]}-{span[-1]}" for name, span in spans)
+    print(f"output       about {output}: experts {experts}; ", end="")
+    print(f"attention and dense {recipe.dense}; effort {recipe.effort}")
     print(f"calibration  {' x '.join(map(str, fitted_ST.shape))} tokens")
     print(
         f"memory       at most {size(bound)} more than the {size(memory.peak_bytes())} of the program",
@@ -146,6 +156,8 @@ def _announce(config: ModelConfig, recipe: Recipe, fitted_ST: torch.Tensor, mode
 def _conclude(output: Path, report: dict[str, Any]) -> None:
     for note in starved_experts(report):
         print(f"warning: {note}", file=sys.stderr)
+    for line in _stages(report):
+        print(line)
     found = report.get("evaluation")
     if found:
         print(
@@ -155,6 +167,18 @@ def _conclude(output: Path, report: dict[str, Any]) -> None:
         print(f"KL {found['kl']:.4f} nats, top-1 agreement {found['top1_agreement']:.1%}")
     print(f"memory       peak {size(report['peak_memory_bytes'])}")
     print(f"written      {output} ({size(report['num_bytes'])}), {REPORT_NAME}, {PAGE_NAME}")
+
+
+def _stages(report: dict[str, Any]) -> Iterator[str]:
+    """What each stage of the encoder left of the error on calibration tokens, the mean of the layers."""
+    yield f"{'left over':<13}{'':<38}{'up_gate':>8}{'down':>10}"
+    for format, stage, up_gate, down in stages.table(report["layers"]):
+        yield f"  {format:<11}{stage:<38}{up_gate:>8.4f}{down:>10.4f}"
+    for name, without, fitted in stages.fits(report["layers"]):
+        yield f"  {'stream':<11}{name + ' fitted':<38}{fitted:>8.5f} not {without:.5f}"
+    untuned = report.get("untuned")
+    if untuned:
+        yield f"  {'KL':<11}{'tuned':<38}{report['evaluation']['kl']:>8.4f} not {untuned['kl']:.4f}"
 
 
 def size(num_bytes: float) -> str:
