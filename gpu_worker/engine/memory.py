@@ -98,7 +98,11 @@ def cuda_cache_bytes(utilization: float, activation_bytes: int) -> int:
     """What is left of the GPU for the cache; raises EngineArgsError if nothing is."""
     free, total = torch.cuda.mem_get_info()
     left = int(total * utilization) - (total - free) - activation_bytes
-    found = f"{(total - free) / GIB:.1f} GiB are in use and a step needs {activation_bytes / GIB:.1f} GiB"
+    between = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    found = (
+        f"{(total - free) / GIB:.1f} GiB are in use, {between / GIB:.1f} of them between tensors, "
+        f"and a step needs {activation_bytes / GIB:.1f} GiB"
+    )
     if left <= 0:
         raise EngineArgsError(
             "gpu_memory_utilization",

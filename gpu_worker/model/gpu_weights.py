@@ -22,6 +22,7 @@ from cuda_kernels.moe import StreamedExperts
 from cuda_kernels.packing import PackedWint2, pack_wint2
 from cuda_kernels.tiled import TiledWeight, pack_tiled, stack_tiled
 from gpu_worker.model.plan import MLPPlan
+from gpu_worker.model.scratch import apart
 from gpu_worker.model.stored_weight import StoredLinear
 
 _INPUT_MULTIPLE = 8  # of what the tiled kernel reads at a time
@@ -40,6 +41,29 @@ def can_stream_experts(experts: Sequence[MLPPlan]) -> bool:
 
 def stream_linear(stored: StoredLinear, *, is_gated: bool = False) -> TiledWeight:
     """A dense layer's weight; `can_stream` it."""
+    return apart(lambda: _tiled(stored, is_gated))
+
+
+def stream_experts(
+    experts: Sequence[MLPPlan], k_order: KOrder, read: Callable[[StoredLinear], None]
+) -> StreamedExperts:
+    """A layer's experts; `read` is told of every projection that was read."""
+    up_gates, downs = [expert.up_gate for expert in experts], [expert.down for expert in experts]
+    if experts[0].up_gate.format == "wint2":
+        streamed = StreamedExperts(
+            apart(lambda: _packed(up_gates, k_order, is_gated=True)),
+            apart(lambda: _packed(downs, k_order, is_gated=False)),
+        )
+    else:
+        streamed = StreamedExperts(
+            apart(lambda: _stacked(up_gates, is_gated=True)), apart(lambda: _stacked(downs, is_gated=False))
+        )
+    for stored in (*up_gates, *downs):
+        read(stored)
+    return streamed
+
+
+def _tiled(stored: StoredLinear, is_gated: bool) -> TiledWeight:
     tensors = stored.read()
     levels, scale = tensors["quant_weight"].view(torch.int8), tensors["weight_scale"]
     if stored.format == "wint4":
@@ -49,28 +73,12 @@ def stream_linear(stored: StoredLinear, *, is_gated: bool = False) -> TiledWeigh
     return pack_tiled(weight_NK, scale, bits=8, is_gated=is_gated)
 
 
-def stream_experts(
-    experts: Sequence[MLPPlan], k_order: KOrder, read: Callable[[StoredLinear], None]
-) -> StreamedExperts:
-    """A layer's experts; `read` is told of every projection that was read."""
-    projections = [expert.up_gate for expert in experts], [expert.down for expert in experts]
-    pack = _pack_wint2 if experts[0].up_gate.format == "wint2" else _tile
-    up_gate, down = (
-        pack(stored, k_order, is_gated) for stored, is_gated in zip(projections, (True, False), strict=True)
-    )
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # packing's scratch: the next layer's pieces may be of other sizes
-    for stored in (*projections[0], *projections[1]):
-        read(stored)
-    return StreamedExperts(up_gate, down)
-
-
 def _is_whole(stored: StoredLinear) -> bool:
     """With one set of scales, or none."""
     return (stored.format == "none" or stored.is_one_weight) and stored.num_inputs % _INPUT_MULTIPLE == 0
 
 
-def _pack_wint2(experts: Sequence[StoredLinear], k_order: KOrder, is_gated: bool) -> PackedWint2:
+def _packed(experts: Sequence[StoredLinear], k_order: KOrder, *, is_gated: bool) -> PackedWint2:
     read = [stored.read() for stored in experts]
     tensors: dict[str, Tensor] = {}
     for name in ("quant_weight", "weight_scale", "super_scales", "code_scale", "code_zp"):
@@ -78,9 +86,9 @@ def _pack_wint2(experts: Sequence[StoredLinear], k_order: KOrder, is_gated: bool
     return pack_wint2(**tensors, is_gated=is_gated, k_order=k_order)
 
 
-def _tile(experts: Sequence[StoredLinear], k_order: KOrder, is_gated: bool) -> TiledWeight:
+def _stacked(experts: Sequence[StoredLinear], *, is_gated: bool) -> TiledWeight:
     if experts[0].format != "none":
-        return stack_tiled([stream_linear(stored, is_gated=is_gated) for stored in experts])
+        return stack_tiled([_tiled(stored, is_gated) for stored in experts])
     return stack_tiled(
         [pack_tiled(stored.dense().bfloat16(), bits=16, is_gated=is_gated) for stored in experts]
     )

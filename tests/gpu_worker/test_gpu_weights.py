@@ -1,26 +1,37 @@
 """Weights in the forms that a GPU streams hold what the checkpoint stores."""
 
+import json
+from dataclasses import fields, is_dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from cuda_kernels import linear
 from cuda_kernels.moe import moe_ffn, pack_experts
 from cuda_kernels.tiled import unpack_tiled
 from gpu_worker.layers.ranks import Ranks
-from gpu_worker.model import gpu_weights
+from gpu_worker.model import gpu_weights, loader
 from gpu_worker.model.checkpoint import open_checkpoint
 from gpu_worker.model.config_reader import read_model_config
+from gpu_worker.model.decoder import Decoder
+from gpu_worker.model.loader import LoadFormat
 from gpu_worker.model.plan import ModelPlan, MoEPlan, plan_model
 from gpu_worker.model.sharding import shard_plan
 from gpu_worker.model.stored_weight import StoredLinear
-from tests.tiny import make_tiny_model
+from tests.tiny import CONFIG, QUANTIZATION_CONFIG, make_tiny_model
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["quantized", "full"])
-def plan(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelPlan:
-    path = make_tiny_model(tmp_path_factory.mktemp("tiny"), quantized=request.param)
-    return plan_model(read_model_config(path), open_checkpoint(Path(path)))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("tiny"), quantized=request.param)
+
+
+@pytest.fixture
+def plan(folder: Path) -> ModelPlan:
+    return plan_model(read_model_config(folder), open_checkpoint(folder))
 
 
 def experts_of(plan: ModelPlan) -> list[MoEPlan]:
@@ -63,3 +74,56 @@ def test_a_ranks_part_is_streamed_too(tmp_path: Path, quantized: bool) -> None:
     for moe in experts_of(part):
         assert gpu_weights.can_stream_experts(moe.experts)
         gpu_weights.stream_experts(moe.experts, "shuffled", lambda stored: None)
+
+
+def tensors_of(value: Any, seen: list[Tensor]) -> list[Tensor]:
+    """Those of a dataclass, its fields' fields and items."""
+    if isinstance(value, Tensor):
+        seen.append(value)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            tensors_of(item, seen)
+    elif is_dataclass(value):
+        for field in fields(value):
+            tensors_of(getattr(value, field.name), seen)
+    return seen
+
+
+DENSE = {name: QUANTIZATION_CONFIG | {"dense_quant_type": name} for name in ("wint4", "wint8")}
+
+
+def load_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch, folder: Path, source: LoadFormat) -> Decoder:
+    """The Decoder in the forms that a GPU streams."""
+    monkeypatch.setattr(linear, "_can_pack", lambda weight: False)
+    monkeypatch.setattr(loader, "has_panels", lambda device, dtype: False)
+    made = loader._Loader.__init__
+
+    def streaming(self: loader._Loader, *args: Any) -> None:
+        made(self, *args)
+        self._streams = True
+
+    monkeypatch.setattr(loader._Loader, "__init__", streaming)
+    config, device = read_model_config(folder), torch.device("cpu")
+    return loader.load_model(config, device=device, dtype=torch.bfloat16, load_format=source)
+
+
+def assert_no_storage_is_larger_than_its_tensor(decoder: Decoder) -> None:
+    found = tensors_of(decoder, [])
+    assert len(found) > 30
+    for tensor in found:
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes, tensor.shape
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_made_up_weights_have_no_more_storage_than_they_need(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """A view of something larger would keep all of it."""
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"quantization_config": DENSE[name]}))
+    assert_no_storage_is_larger_than_its_tensor(load_as_on_a_gpu(monkeypatch, tmp_path, "dummy"))
+
+
+def test_stored_weights_have_no_more_storage_than_they_need(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_no_storage_is_larger_than_its_tensor(load_as_on_a_gpu(monkeypatch, folder, "auto"))
