@@ -115,6 +115,9 @@ struct Ring {
         return {chunk + my_lane() * 16, chunk + CHUNK_FRAGMENTS + my_lane() % 4 * 16};
     }
 
+    // In PTX's memory model a warp's reads of a chunk come before its first lane's count (`bar.warp.sync`), which
+    // releases them; the last count reads from the chain of all earlier ones, so it acquires them; and `fill` begins
+    // with another `bar.warp.sync`. So all reads of a chunk come before the copy into its slot, in causality order.
     DEVICE void leave(int turn) {
         sync_warp();
         u32 before = my_lane() == 0 ? count_call(&leavings[turn % SLOTS]) : 0;
