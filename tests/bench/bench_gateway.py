@@ -182,7 +182,10 @@ def measure_ours(title: str, workers: int, load: Load, options: argparse.Namespa
         commands = our_stack(Path(folder), port, workers, load, None)
         commands["gateway"] = Cores(options.pin).pinned(commands["gateway"])
         clients = Clients(port, clocks, num_processes=options.client_processes)
-        engine = f"unix:{folder}/engine.sock" if load.num_streams == LATENCY_STREAMS else ""
+        engine = ""
+        if load.num_streams == LATENCY_STREAMS:
+            engine = f"unix:{folder}/engine.sock"
+            clients = replace(clients, ramp_seconds=load.step_seconds)
         measure(title, commands, clients, load, options.seconds, engine)
 
 

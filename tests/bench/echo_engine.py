@@ -30,6 +30,7 @@ MODEL = "echo"
 COMPLETION_TOKENS = 64
 MAX_STREAMS = 4096
 CLOCK = struct.Struct("d")
+CLOCKS = struct.Struct(f"{COMPLETION_TOKENS}d")
 
 
 class Clocks:
@@ -45,8 +46,9 @@ class Clocks:
     def __setitem__(self, place: tuple[int, int], seconds: float) -> None:
         CLOCK.pack_into(self._map, self._offset(*place), seconds)
 
-    def __getitem__(self, place: tuple[int, int]) -> float:
-        return float(CLOCK.unpack_from(self._map, self._offset(*place))[0])
+    def row(self, stream: int) -> tuple[float, ...]:
+        """The times of a stream's latest completion."""
+        return CLOCKS.unpack_from(self._map, self._offset(stream, 0))
 
     def _offset(self, stream: int, token: int) -> int:
         return (stream % MAX_STREAMS * (COMPLETION_TOKENS + 1) + token) * CLOCK.size

@@ -1,14 +1,17 @@
-"""Closed-loop clients of streamed completions, which speak just enough HTTP to cost little, or none."""
+"""Closed-loop clients of streamed completions, which speak just enough HTTP to cost little, or none.
+
+While the load runs they note when what arrived; what it was is looked at afterwards.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
+from typing import Any, Protocol
 
 import uvloop
 
@@ -20,6 +23,8 @@ from tests.bench.echo_engine import COMPLETION_TOKENS, MODEL, Clocks, stream_ids
 from tests.fakes import FIRST_BYTE_ID
 
 PROMPT_TOKENS = 32
+USAGE = b'"completion_tokens":%d' % COMPLETION_TOKENS
+TOKENS = b'"token_ids":['
 
 
 @dataclass
@@ -42,7 +47,7 @@ class Seen:
 class Clients:
     """`clocks`: prompts are ids that tell the engine whose they are, and every token's way is timed.
     Without, `prompt` is text, and only whole answers are counted. With `engine`, its address, they ask it
-    over gRPC, past the gateway.
+    over gRPC, past the gateway. Each stream begins `ramp_seconds` after the one before it.
     """
 
     port: int
@@ -50,6 +55,7 @@ class Clients:
     prompt: str = ""
     num_processes: int = 1
     engine: str = ""
+    ramp_seconds: float = 0.0
 
     def run(self, num_streams: int, seconds: float) -> Seen:
         """So many streams for so long, dealt out to the processes."""
@@ -58,11 +64,7 @@ class Clients:
             return together(pool.map(self._run_share, shares, [seconds] * self.num_processes))
 
     def _run_share(self, streams: range, seconds: float) -> Seen:
-        share = _DirectShare(self) if self.engine else _Share(self)
-        started = time.process_time()
-        uvloop.run(share.run(streams, seconds))
-        share.seen.cpu_seconds = time.process_time() - started
-        return share.seen
+        return uvloop.run(_Share(self).run(streams, seconds))
 
 
 def together(shares: Iterable[Seen]) -> Seen:
@@ -77,8 +79,16 @@ def together(shares: Iterable[Seen]) -> Seen:
     return whole
 
 
-def prompt_ids(stream: int) -> list[int]:
-    return stream_ids(stream) + [ord("x") + FIRST_BYTE_ID] * (PROMPT_TOKENS - 2)
+# What arrived when: bytes of an answer, or so many tokens.
+Arrivals = list[tuple[float, bytes | int]]
+
+
+class _Client(Protocol):
+    """Asks for one completion after another."""
+
+    async def ask(self) -> Arrivals: ...
+
+    def close(self) -> None: ...
 
 
 class _Share:
@@ -87,93 +97,126 @@ class _Share:
     def __init__(self, clients: Clients) -> None:
         self._clients = clients
         self._clocks = None if clients.clocks is None else Clocks(clients.clocks)
-        self.seen = Seen()
+        self._worker = WorkerClient()
+        self._answers: list[tuple[Arrivals, Sequence[float]]] = []
+        self._first: list[float] = []
 
-    async def run(self, streams: range, seconds: float) -> None:
-        started = time.monotonic()
-        await asyncio.gather(*(self._client(stream, started + seconds) for stream in streams))
-        self.seen.wall_seconds = time.monotonic() - started
+    async def run(self, streams: range, seconds: float) -> Seen:
+        started, cpu_started = time.monotonic(), time.process_time()
+        await asyncio.gather(*(self._stream(stream, started + seconds) for stream in streams))
+        seen = Seen(len(self._answers), wall_seconds=time.monotonic() - started)
+        seen.cpu_seconds = time.process_time() - cpu_started
+        await self._worker.close()
+        for arrivals, made in self._answers:
+            seen.delays += delays(arrivals, made)
+        seen.first = self._first
+        return seen
 
-    async def _client(self, stream: int, end: float) -> None:
-        reader, writer = await asyncio.open_connection("127.0.0.1", self._clients.port)
-        body = self._body(stream)
-        head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        request = f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
-        while time.monotonic() < end:
-            writer.write(request)
-            await self._read_answer(reader, stream, time.monotonic())
-        writer.close()
+    async def _stream(self, stream: int, end: float) -> None:
+        await asyncio.sleep(self._clients.ramp_seconds * stream)
+        client = await self._client(stream)
+        while (asked := time.monotonic()) < end:
+            arrivals = await client.ask()
+            made = () if self._clocks is None else self._clocks.row(stream)
+            self._first.append(next(when for when, what in arrivals if is_text(what)) - asked)
+            self._answers.append((arrivals, made))
+        client.close()
 
-    def _body(self, stream: int) -> str:
-        fields = f'"model":"{MODEL}","max_tokens":{COMPLETION_TOKENS},"stream":true,"ignore_eos":true'
-        if self._clocks is None:
-            return f'{{{fields},"prompt":"{self._clients.prompt}","stream_options":{{"include_usage":true}}}}'
-        return f'{{{fields},"prompt":{prompt_ids(stream)},"return_token_ids":true}}'
-
-    async def _read_answer(self, reader: asyncio.StreamReader, stream: int, asked: float) -> None:
-        num_tokens, tail = 0, b""
-        while not tail.endswith(b"0\r\n\r\n"):
-            data = await reader.read(1 << 16)
-            assert data, "the gateway closed the connection"
-            now = time.monotonic()
-            assert tail or data.startswith(b"HTTP/1.1 200"), data
-            if b"data: {" in data and not num_tokens:
-                self.seen.first.append(now - asked)
-            num_tokens += self._count(data, stream, num_tokens, now)
-            tail = (tail + data)[-8:]
-        assert num_tokens == COMPLETION_TOKENS, f"{num_tokens} tokens came, last {data[-300:]!r}"
-        self.seen.num_done += 1
-
-    def _count(self, data: bytes, stream: int, num_before: int, now: float) -> int:
-        """The tokens in what arrived; by their ids, or by the usage at the end."""
-        if self._clocks is None:
-            return COMPLETION_TOKENS if b'"completion_tokens":%d' % COMPLETION_TOKENS in data else 0
-        count = 0
-        for part in data.split(b'"token_ids":[')[1:]:
-            count += part[: part.index(b"]")].count(b",") + 1 if part[:1] != b"]" else 0
-        self._clock(stream, num_before, count, now)
-        return count
-
-    def _clock(self, stream: int, num_before: int, count: int, now: float) -> None:
-        """How long ago the tokens that came now were made."""
-        if self._clocks is not None:
-            self.seen.delays += [now - self._clocks[stream, num_before + at] for at in range(count)]
+    async def _client(self, stream: int) -> _Client:
+        if self._clients.engine:
+            return _Direct(self._worker, self._clients.engine, stream)
+        request = http_request(self._clients.prompt if self._clocks is None else prompt_ids(stream))
+        loop, port = asyncio.get_running_loop(), self._clients.port
+        _, client = await loop.create_connection(lambda: _Http(request), "127.0.0.1", port)
+        return client
 
 
-class _DirectShare(_Share):
-    """The same streams, read as a gateway reads them: over one call of the engine's."""
+class _Http(asyncio.Protocol):
+    """Over a connection of its own."""
 
-    async def run(self, streams: range, seconds: float) -> None:
-        self._engine = WorkerClient()
-        try:
-            await super().run(streams, seconds)
-        finally:
-            await self._engine.close()
+    def __init__(self, request: bytes) -> None:
+        self._request = request
+        self._arrivals: Arrivals = []
+        self._is_over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    async def _client(self, stream: int, end: float) -> None:
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport: Any = transport  # uvloop's are no asyncio.Transport
+
+    async def ask(self) -> Arrivals:
+        self._arrivals, self._is_over = [], asyncio.get_running_loop().create_future()
+        self._transport.write(self._request)
+        await self._is_over
+        return self._arrivals
+
+    def data_received(self, data: bytes) -> None:
+        self._arrivals.append((time.monotonic(), data))
+        if data.endswith(b"0\r\n\r\n"):
+            self._is_over.set_result(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self._is_over.done():
+            self._is_over.set_exception(exc or ConnectionError("the gateway closed the connection"))
+
+    def close(self) -> None:
+        self._transport.close()
+
+
+class _Direct:
+    """As a gateway asks: all streams of a process share one call of the engine's."""
+
+    def __init__(self, worker: WorkerClient, engine: str, stream: int) -> None:
+        self._worker = worker
+        self._engine = engine
         params = SamplingParams(max_tokens=COMPLETION_TOKENS)
-        request = GenerateRequest(prompt=TokenIds(ids=prompt_ids(stream)), sampling_params=params)
-        while time.monotonic() < end:
-            answer = _DirectAnswer(partial(self._clock, stream))
-            never: asyncio.Future[ServiceError] = asyncio.get_running_loop().create_future()
-            with self._engine.generate(self._clients.engine, request, answer, timeout=60, lost=never):
-                await answer.is_over
-            self.seen.num_done += 1
+        self._request = GenerateRequest(prompt=TokenIds(ids=prompt_ids(stream)), sampling_params=params)
 
-
-class _DirectAnswer:
-    """A completion's tokens as they come."""
-
-    def __init__(self, clock: Callable[[int, int, float], None]) -> None:
-        self._clock = clock
-        self._num_tokens = 0
-        self.is_over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    async def ask(self) -> Arrivals:
+        self._arrivals: Arrivals = []
+        self._is_over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        never: asyncio.Future[ServiceError] = asyncio.get_running_loop().create_future()
+        with self._worker.generate(self._engine, self._request, self, timeout=60, lost=never):
+            await self._is_over
+        return self._arrivals
 
     def on_response(self, response: GenerateResponse) -> None:
-        count = len(response.delta.token_ids)
-        self._clock(self._num_tokens, count, time.monotonic())
-        self._num_tokens += count
+        self._arrivals.append((time.monotonic(), len(response.delta.token_ids)))
 
     def on_end(self, error: ServiceError | None) -> None:
         assert error is None, error
-        self.is_over.set_result(None)
+        self._is_over.set_result(None)
+
+    def close(self) -> None:
+        """There is nothing of its own to close."""
+
+
+def http_request(prompt: str | list[int]) -> bytes:
+    fields = f'"model":"{MODEL}","max_tokens":{COMPLETION_TOKENS},"stream":true,"ignore_eos":true'
+    if isinstance(prompt, str):
+        body = f'{{{fields},"prompt":"{prompt}","stream_options":{{"include_usage":true}}}}'
+    else:
+        body = f'{{{fields},"prompt":{prompt},"return_token_ids":true}}'
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode()
+
+
+def prompt_ids(stream: int) -> list[int]:
+    return stream_ids(stream) + [ord("x") + FIRST_BYTE_ID] * (PROMPT_TOKENS - 2)
+
+
+def is_text(what: bytes | int) -> bool:
+    return what > 0 if isinstance(what, int) else b"data: {" in what
+
+
+def delays(arrivals: Arrivals, made: Sequence[float]) -> list[float]:
+    """A token's time at the client minus its time at the engine, if that is known."""
+    times = [when for when, what in arrivals for _ in range(num_tokens(what))]
+    assert len(times) == COMPLETION_TOKENS, f"{len(times)} tokens came, last {arrivals[-1]}"
+    return [came - was_made for came, was_made in zip(times, made, strict=True)] if made else []
+
+
+def num_tokens(what: bytes | int) -> int:
+    """The tokens in what arrived: by their ids, or by the usage at the end."""
+    if isinstance(what, int):
+        return what
+    lists = [part[: part.index(b"]")] for part in what.split(TOKENS)[1:]]
+    return sum(ids.count(b",") + 1 for ids in lists if ids) or COMPLETION_TOKENS * (USAGE in what)
