@@ -174,10 +174,10 @@ def load(args: argparse.Namespace, folder: Path) -> Loaded:
     return Loaded(llm, seconds, heard.lines)
 
 
-def measure(loaded: Loaded, prompts: Sequence[int]) -> dict[str, Any]:
+def measure(loaded: Loaded, concurrency: Sequence[int], prompts: Sequence[int]) -> dict[str, Any]:
     """Seconds of a decode step by concurrency, and to the first token by length, of each way."""
     ready = loaded.ready()
-    counts = [count for count in CONCURRENCY if count <= ready.limit]
+    counts = [count for count in concurrency if count <= ready.limit]
     few = sorted({min(count, ready.limit) for count in FEW})
     ways = {"as served": timings("as served", ready, counts, prompts)}
     ways["host and device in turn"] = timings("in turn", loaded.ready(overlap=False), few, prompts[:1])
@@ -232,6 +232,7 @@ def memory(loaded: Loaded) -> dict[str, float]:
         "graphs foreseen": reserve.graph_bytes,
         "KV cache": loaded.llm._engine._runner._kv_cache.size_bytes,
         "in use": total - free,
+        "of it between tensors": torch.cuda.memory_reserved() - torch.cuda.memory_allocated(),
         "GPU": total,
     }
     in_gib = {name: size / GIB for name, size in sizes.items()}
@@ -267,7 +268,8 @@ def main() -> None:
     print("\n".join(f"  {line}" for line in loaded.lines), flush=True)
     figures: dict[str, Any] = {"shape": args.shape, "num_layers": args.num_layers}
     figures |= {"start": loaded.lines, "load_seconds": loaded.seconds}
-    figures["ways"] = measure(loaded, [length for length in PROMPTS if length <= args.longest_prompt])
+    prompts = [length for length in PROMPTS if length <= args.longest_prompt]
+    figures["ways"] = measure(loaded, args.concurrency, prompts)
     figures["generate"] = generate(loaded.llm, [n for n in FEW if n <= args.max_num_seqs])
     if args.device == "cuda":
         figures["memory"] = memory(loaded)
@@ -281,6 +283,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shape", choices=SHAPES, default="21b")
     parser.add_argument("--num-layers", type=int, help="fewer than the shape has, if they do not fit")
     parser.add_argument("--max-num-seqs", type=int, default=128)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=CONCURRENCY)
     parser.add_argument("--longest-prompt", type=int, default=PROMPTS[-1])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
