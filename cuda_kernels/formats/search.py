@@ -50,6 +50,30 @@ def sweep(
     return _sweep_torch(targets, scale, book, factors, coupling, reference)
 
 
+def sweep_levels(
+    targets: Tensor, scale: Tensor, coupling: Tensor, reference: Tensor | None, most: int
+) -> Tensor:
+    """`sweep` for plain levels -`most` .. `most`, row after row: f32 `targets` [K, N] is updated in place,
+    `scale` [N], `coupling` [K, K]; returns the levels f32 [K, N]."""
+    scale = scale.float()
+    if HAS_NUMBA and targets.device.type == "cpu":
+        return search_numba.sweep_levels(targets, scale, coupling, reference, most)
+    return _sweep_levels_torch(targets, scale, coupling, reference, most)
+
+
+def _sweep_levels_torch(
+    targets: Tensor, scale: Tensor, coupling: Tensor, reference: Tensor | None, most: int
+) -> Tensor:
+    origin = targets if reference is None else reference
+    inverse = torch.where(scale == 0, 0.0, 1 / scale)
+    levels = torch.empty_like(targets)
+    for row in range(len(targets)):
+        levels[row] = (targets[row] * inverse).round().clamp(-most, most)
+        change = origin[row] - levels[row] * scale
+        targets[row + 1 :] += coupling[row + 1 :, row : row + 1] * change
+    return levels
+
+
 def _nearest_torch(targets: Tensor, books: Tensor) -> Nearest:
     half_norm = books.square().sum(dim=-1, keepdim=True) / 2
     rows = max(1, _CHUNK_ELEMENTS[targets.device.type] // (books.shape[1] * max(1, targets.shape[2])))

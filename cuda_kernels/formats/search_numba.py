@@ -37,6 +37,50 @@ def sweep(
     return torch.from_numpy(index)
 
 
+def sweep_levels(
+    targets: Tensor, scale: Tensor, coupling: Tensor, reference: Tensor | None, most: int
+) -> Tensor:
+    """`search.sweep_levels`, a tile of columns at a time."""
+    use_threads(targets.numel() * len(targets))
+    levels = torch.empty_like(targets)
+    origin = targets if reference is None else reference
+    parts = (targets, levels, scale, coupling, origin)
+    moved, found, scale_, coupling_, origin_ = (part.contiguous().numpy() for part in parts)
+    _sweep_levels(moved, found, scale_, coupling_, origin_, reference is None, np.float32(most))
+    return levels
+
+
+@numba.njit(parallel=True, fastmath=True, cache=True)
+def _sweep_levels(
+    targets: Floats,
+    levels: Floats,
+    scale: Floats,
+    coupling: Floats,
+    origin: Floats,
+    feedback: bool,
+    most: np.float32,
+) -> None:
+    rows, columns = targets.shape
+    for work in numba.prange((columns + _LANES - 1) // _LANES):
+        start = work * _LANES
+        stop = min(start + _LANES, columns)
+        tile = targets[:, start:stop].copy()
+        size = scale[start:stop]
+        change = np.empty(stop - start, np.float32)
+        for row in range(rows):
+            base = tile[row] if feedback else origin[row, start:stop]
+            for lane in range(stop - start):
+                level = np.rint(tile[row, lane] / size[lane]) if size[lane] != 0 else np.float32(0)
+                level = min(max(level, -most), most)
+                levels[row, start + lane] = level
+                change[lane] = base[lane] - level * size[lane]
+            for later in range(row + 1, rows):
+                weight = coupling[later, row]
+                for lane in range(stop - start):
+                    tile[later, lane] += weight * change[lane]
+        targets[:, start:stop] = tile
+
+
 @numba.njit(parallel=True, fastmath=True, cache=True)
 def _nearest(targets: Floats, books: Floats, index: Ints, score: Floats) -> None:
     rows, columns = index.shape

@@ -37,6 +37,21 @@ def test_wint2_on_gaussian_weights(effort, most):
     assert relative_error(wint2, gaussian(512, 32), effort=effort)[0] < most
 
 
+@pytest.mark.parametrize("has_reference", [False, True])
+def test_both_sweeps_of_levels_choose_alike(has_reference):
+    targets, coupling = gaussian(64, 70), 0.05 * gaussian(64, 64, seed=1)
+    reference = gaussian(64, 70, seed=3) if has_reference else None
+    scale = torch.full((70,), 0.3)
+    scale[3] = 0
+    moved, expected = targets.clone(), targets.clone()
+    found = search.sweep_levels(moved, scale, coupling, reference, 7)
+    wanted = search._sweep_levels_torch(expected, scale, coupling, reference, 7)
+    assert (found == wanted).float().mean() > 0.98
+    same = (found == wanted).all(dim=0)
+    assert same.sum() > 60
+    assert torch.allclose(moved[:, same], expected[:, same], atol=1e-4)
+
+
 def test_the_highest_effort_mirrors_codebooks_by_negative_super_scales():
     assert set(wint2.quantize(gaussian(512, 32), effort="best").super_scales.sign().tolist()) == {-1, 1}
 
@@ -46,7 +61,7 @@ def test_wint4_gains_from_feedback_too():
     stored = [wint4.quantize(weight), wint4.quantize(weight, hessian=hessian)]
     errors = [weight - wint4.dequantize(one.quant_weight, one.weight_scale).float() for one in stored]
     plain, fed_back = ((error * (hessian @ error)).sum() for error in errors)
-    assert fed_back < plain / 3
+    assert fed_back < plain / 3.5
 
 
 def test_wint2_gains_from_feedback_what_the_hessian_offers():
