@@ -186,6 +186,16 @@ def test_the_likeliest_in_order(count):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("count", [0, 1, 20])
+def test_a_gpu_finds_the_likeliest(count):
+    values = torch.randn(7, 103424, generator=torch.Generator().manual_seed(0))
+    expected = sampling.find_likeliest(values, count)
+    found = sampling.find_likeliest(values.cuda(), count)
+    assert torch.equal(found[0].cpu(), expected[0])
+    assert torch.equal(values.gather(1, found[1].cpu()), expected[0])
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("scale", [0.01, 3.0])
 @pytest.mark.parametrize("vocab_size", [1, 31, 5003, 103424])
 def test_a_gpu_draws_as_plain_torch_does_in_any_company(vocab_size, scale):

@@ -3,8 +3,10 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from cuda_kernels.build import SOURCES
-from tests.cuda_kernels.sanitize import Verdict, write_copies
+from tests.cuda_kernels.sanitize import Verdict, run, write_copies
 from tests.cuda_kernels.small_cases import Watched, cases
 
 _KERNEL = re.compile(r"^KERNEL\(.*?\)\s+(\w+)\(", re.MULTILINE)
@@ -16,6 +18,11 @@ def test_every_kernel_is_among_them() -> None:
         case.launch(device, "cpu")
     there_are = {name for path in SOURCES.glob("*.cu") for name in _KERNEL.findall(path.read_text())}
     assert {kernel for _, kernel in device.launched} == there_are
+
+
+@pytest.mark.gpu
+def test_every_kernel_is_right_on_a_gpu() -> None:
+    run(cases())
 
 
 def test_copies_for_racecheck_differ_in_who_arrives(tmp_path: Path) -> None:

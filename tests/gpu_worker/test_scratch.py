@@ -5,10 +5,11 @@ import json
 import pytest
 import torch
 
-from gpu_worker.model import gpu_weights
+from cuda_kernels.tiled import TiledWeight
+from gpu_worker.model import gpu_weights, scratch
 from gpu_worker.model.config_reader import read_model_config
 from gpu_worker.model.dummy import plan_dummy
-from tests.gpu_worker.caching_allocator import DeviceMemory
+from tests.gpu_worker.caching_allocator import MIB, DeviceMemory
 from tests.tiny import CONFIG, QUANTIZATION_CONFIG
 
 SCALE = 4096  # a MiB counts as 256 bytes
@@ -64,3 +65,20 @@ def test_packing_leaves_nothing_behind(plan, memory):
 def test_in_one_pool_scratch_would_be_stuck_between_weights(plan, memory, monkeypatch):
     monkeypatch.setattr(gpu_weights, "apart", lambda make: make())
     assert stuck_share(plan, memory) > 0.1
+
+
+@pytest.mark.gpu
+def test_a_gpu_gets_its_scratch_back():
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+
+    def make():
+        torch.empty(900 * MIB, dtype=torch.uint8, device="cuda")
+        return TiledWeight(
+            torch.full((462 * MIB,), 3, dtype=torch.uint8, device="cuda"), None, 8, 1, 1, False
+        )
+
+    made = scratch.apart(make)
+    torch.cuda.synchronize()
+    assert free - torch.cuda.mem_get_info()[0] < 500 * MIB
+    assert bool((made.tiles == 3).all())
