@@ -177,6 +177,7 @@ class ChatCompletionRequest(CommonRequest, TemplateOptions):
     prediction: Annotated[None, only_neutral("null")] = None
     verbosity: Annotated[Literal["medium"] | None, only_neutral('"medium"')] = None
     web_search_options: Annotated[None, only_neutral("null")] = None
+    response_max_tokens: Annotated[None, only_neutral("max_tokens, which counts the thinking too")] = None
     store: Annotated[Literal[False] | None, only_neutral("false")] = None
     service_tier: Annotated[Literal["auto", "default"] | None, only_neutral('"auto"')] = None
     echo: Annotated[Literal[False] | None, only_neutral("false")] = None

@@ -38,11 +38,20 @@ def read_chat(
     body = read_body(request)
     prompt = template(body.messages, body, body.offered_tools, {})
     taken = text_request("chatcmpl", request, prompt, time_remaining, settings)
-    if body.offered_tools and taken.sampling_params.HasField("structured_output"):
-        message = "cannot be combined with tools, unless tool_choice is TOOL_CHOICE_NONE"
-        raise InvalidArgumentError(message, field="sampling_params.structured_output")
+    if taken.sampling_params.HasField("structured_output"):
+        check_alone(body)
     taken.sampling_params.MergeFrom(SamplingParams(structured_output=structured_output(body)))
     return body, taken
+
+
+def check_alone(body: ChatCompletionRequest) -> None:
+    """The form of an answer leaves no room for calls or thoughts."""
+    field = "sampling_params.structured_output"
+    if body.offered_tools:
+        message = "cannot be combined with tools, unless tool_choice is TOOL_CHOICE_NONE"
+        raise InvalidArgumentError(message, field=field)
+    if body.thinking_field is not None:
+        raise InvalidArgumentError(f"cannot be combined with {body.thinking_field}", field=field)
 
 
 def read_body(request: ChatRequest) -> ChatCompletionRequest:
@@ -55,8 +64,9 @@ def read_body(request: ChatRequest) -> ChatCompletionRequest:
         "tool_choice": TOOL_CHOICES.get(request.tool_choice),
         "chat_template_kwargs": MessageToDict(request.chat_template_kwargs),
     }
-    if request.HasField("parallel_tool_calls"):
-        fields["parallel_tool_calls"] = request.parallel_tool_calls
+    for name in "parallel_tool_calls", "thinking_token_budget":
+        if request.HasField(name):
+            fields[name] = getattr(request, name)
     try:
         return ChatCompletionRequest.model_validate(fields)
     except ValidationError as error:

@@ -16,21 +16,21 @@ from starlette.responses import JSONResponse, Response
 
 from gateway import responses, translate
 from gateway.access import Access
-from gateway.chat_parser import END_THINK, THINK
 from gateway.chat_schemas import ChatCompletionRequest
 from gateway.chat_view import ChatView, chat_syntax
 from gateway.http_errors import from_service_error, named_as_asked
 from gateway.metrics import GatewayMetrics
 from gateway.pipeline import Pipeline
 from gateway.readiness import Readiness
-from gateway.requests import EncodedPrompt, Event, Finished, Started, TextRequest, ThinkingLimit
+from gateway.requests import EncodedPrompt, Event, Finished, Started, TextRequest
 from gateway.schemas import CommonRequest, CompletionRequest
 from gateway.settings import GatewaySettings
 from gateway.sse import DONE, EventStream, sse, until_disconnect
 from gateway.structured import wire_fields
 from gateway.text_view import TextView
+from gateway.thinking import thinking_limit
 from gateway.views import Folded, View
-from protos.rpc.errors import InvalidArgumentError, NotFoundError, ServiceError, UnavailableError
+from protos.rpc.errors import NotFoundError, ServiceError, UnavailableError
 from protos.wint2.common.v1.common_pb2 import FINISH_REASON_LENGTH, Usage
 from protos.wint2.gateway.v1.gateway_pb2 import Model
 
@@ -93,25 +93,12 @@ class OpenAiApi:
         prompts = await self._pipeline.encode(request)
         template = body.chat_template or await tokenizer.chat_template()
         syntax = chat_syntax(body, prompts[0], template)
-        if body.thinking_field is not None:
-            request = replace(request, thinking=await self._thinking(body, prompts[0], template))
+        request = replace(request, thinking=await thinking_limit(body, prompts[0], template, tokenizer))
         if not syntax.is_plain and body.skip_special_tokens is None:
             # Tags may be special tokens of the vocabulary.
             request = replace(request, skip_special_tokens=False)
         view = ChatView(body, request, prompts, self._model(body), tokenizer.token_texts, syntax=syntax)
         return await self._answer(view, access)
-
-    async def _thinking(
-        self, body: ChatCompletionRequest, prompt: EncodedPrompt, template: str
-    ) -> ThinkingLimit:
-        limit = body.thinking_token_budget or body.reasoning_max_tokens or 0
-        if END_THINK not in template:
-            message = "the model's chat template knows no thinking"
-            raise InvalidArgumentError(message, field=body.thinking_field, reason="UNSUPPORTED_PARAMETER")
-        [end] = await self._pipeline.tokenizer.encode(
-            [END_THINK], add_special_tokens=False, parse_special_tokens=True, timeout=10
-        )
-        return ThinkingLimit(limit, (prompt.text or "").rstrip().endswith(THINK), end)
 
     async def _text(self, body: CompletionRequest, request: TextRequest, access: Access) -> Response:
         prompts = await self._pipeline.encode(request)

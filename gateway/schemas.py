@@ -112,6 +112,12 @@ class CommonRequest(Schema):
     # Known, and only possible with the value that asks for nothing
     best_of: Annotated[Literal[1] | None, only_neutral("1")] = None
     use_beam_search: Annotated[Literal[False] | None, only_neutral("false")] = None
+    length_penalty: Annotated[Annotated[float, Field(ge=1, le=1)] | None, only_neutral("1")] = None
+    early_stopping: Annotated[Literal[False] | None, only_neutral("false")] = None
+    detokenize: Annotated[Literal[True] | None, only_neutral("true")] = None
+    spaces_between_special_tokens: Annotated[Literal[True] | None, only_neutral("true")] = None
+    guided_decoding_backend: Annotated[None, only_neutral("null")] = None
+    guided_whitespace_pattern: Annotated[None, only_neutral("null")] = None
     logits_processors: Annotated[Empty | None, only_neutral("[]")] = None
     truncate_prompt_tokens: Annotated[None, only_neutral("null")] = None
 

@@ -17,8 +17,9 @@ from gateway.deadline import within
 from gateway.grpc_chat import Answers, read_chat
 from gateway.pipeline import Pipeline
 from gateway.readiness import Readiness
-from gateway.requests import EncodedPrompt, TextRequest
+from gateway.requests import TextRequest
 from gateway.settings import GatewaySettings
+from gateway.thinking import thinking_limit
 from protos.rpc.interceptor import Context
 from protos.rpc.server import Service
 from protos.wint2.common.v1.common_pb2 import TokenIds
@@ -93,18 +94,19 @@ class GatewayServicer(gateway_pb2_grpc.GatewayServiceServicer):
         with logged(request.request_id) as access:
             prompts = await self._pipeline.encode(request)
             access.num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
-            syntax = ChatSyntax() if body is None else await self._syntax(body, prompts[0])
+            syntax = ChatSyntax()
+            if body is not None:
+                template = await self._pipeline.tokenizer.chat_template()
+                syntax = chat_syntax(body, prompts[0], template)
+                thinking = await thinking_limit(body, prompts[0], template, self._pipeline.tokenizer)
+                # Tags may be special tokens of the vocabulary.
+                request = replace(request, thinking=thinking, skip_special_tokens=syntax.is_plain)
             answers = Answers(syntax, is_parallel=body is None or body.parallel_tool_calls is not False)
-            # Tags may be special tokens of the vocabulary.
-            request = replace(request, skip_special_tokens=syntax.is_plain)
             async with aclosing(self._pipeline.run(request, prompts)) as events:
                 async for event in events:
                     access.on_event(event)
                     for fields in answers.add(event):
                         yield fields
-
-    async def _syntax(self, body: ChatCompletionRequest, prompt: EncodedPrompt) -> ChatSyntax:
-        return chat_syntax(body, prompt, await self._pipeline.tokenizer.chat_template())
 
     def _timeout(self, context: Context) -> float:
         remaining = context.time_remaining()

@@ -10,11 +10,30 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from gateway.chat_parser import END_THINK, THINK
-from gateway.requests import Event, Finished, TextPiece, ThinkingLimit
+from gateway.chat_schemas import ChatCompletionRequest
+from gateway.clients import TokenizerClient
+from gateway.requests import EncodedPrompt, Event, Finished, TextPiece, ThinkingLimit
+from protos.rpc.errors import InvalidArgumentError
 from protos.wint2.common.v1.common_pb2 import FINISH_REASON_LENGTH, Usage
 from protos.wint2.worker.v1.worker_pb2 import GenerateRequest
 
 Attempt = Callable[[GenerateRequest], AsyncGenerator[Event]]
+
+
+async def thinking_limit(
+    body: ChatCompletionRequest, prompt: EncodedPrompt, template: str, tokenizer: TokenizerClient
+) -> ThinkingLimit | None:
+    """What the request says of it. InvalidArgumentError if the model's template knows no thinking."""
+    if body.thinking_field is None:
+        return None
+    if END_THINK not in template:
+        message = "the model's chat template knows no thinking"
+        raise InvalidArgumentError(message, field=body.thinking_field, reason="UNSUPPORTED_PARAMETER")
+    [end] = await tokenizer.encode(
+        [END_THINK], add_special_tokens=False, parse_special_tokens=True, timeout=10
+    )
+    num_tokens = body.thinking_token_budget or body.reasoning_max_tokens or 0
+    return ThinkingLimit(num_tokens, (prompt.text or "").rstrip().endswith(THINK), end)
 
 
 @dataclass

@@ -87,6 +87,10 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         ({"prompt_logprobs": 1, "stream": True}, "invalid_value", "prompt_logprobs"),
         ({"bad_words": [""]}, "invalid_value", "bad_words.0"),
         ({"best_of": 2}, "unsupported_parameter", "best_of"),
+        ({"length_penalty": 1.5}, "unsupported_parameter", "length_penalty"),
+        ({"detokenize": False}, "unsupported_parameter", "detokenize"),
+        ({"guided_decoding_backend": "xgrammar"}, "unsupported_parameter", "guided_decoding_backend"),
+        ({"response_max_tokens": 9}, "unsupported_parameter", "response_max_tokens"),
         ({"chat_template": "x"}, "unsupported_parameter", "chat_template"),
         ({"chat_template_kwargs": {"a": NESTED}}, "invalid_value", "chat_template_kwargs"),
         ({"chat_template_kwargs": {"a": 10**400}}, "invalid_value", "chat_template_kwargs"),
@@ -99,6 +103,20 @@ async def test_wrong_fields(stack_once: Stack, fields: dict[str, Any], code: str
     error = error_of(response)
     assert response.status_code == 400
     assert (error["code"], error["param"]) == (code, param)
+
+
+async def test_fields_that_ask_for_nothing_pass(stack_once: Stack) -> None:
+    neutral = {
+        "best_of": 1,
+        "use_beam_search": False,
+        "length_penalty": 1.0,
+        "early_stopping": False,
+        "detokenize": True,
+        "spaces_between_special_tokens": True,
+        "guided_decoding_backend": None,
+        "response_max_tokens": None,
+    }
+    assert (await stack_once.chat(**neutral)).status_code == 200
 
 
 @pytest.mark.parametrize(

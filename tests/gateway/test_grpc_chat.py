@@ -84,6 +84,17 @@ async def test_reasoning_is_told_apart(stub, stack: Stack, worker: FakeWorker) -
     assert (completion.reasoning, completion.text) == ("Hm.", "Yes.")
 
 
+async def test_thinking_is_closed_at_its_budget(stub, stack: Stack, worker: FakeWorker) -> None:
+    stack.tokenizer.chat_template, stack.tokenizer.opening = "…</think>", "<think>\n"
+    say(worker, "0123456789")
+    [completion] = (await stub.Chat(pb.ChatRequest(messages=[HI], thinking_token_budget=4))).completions
+    assert (completion.reasoning, completion.text) == ("0123", "0123456789")
+    request = pb.ChatStreamRequest(messages=[HI], thinking_token_budget=4)
+    events = [event async for event in stub.ChatStream(request)]
+    assert "".join(event.delta.reasoning for event in events) == "0123"
+    assert events[-1].finish.usage == completion.finish.usage
+
+
 @pytest.mark.parametrize(
     ("request_", "field"),
     [
@@ -101,6 +112,14 @@ async def test_reasoning_is_told_apart(stub, stack: Stack, worker: FakeWorker) -
             ),
             "sampling_params.structured_output",
         ),
+        (
+            pb.ChatRequest(
+                messages=[HI], thinking_token_budget=4, sampling_params={"structured_output": {"regex": "a"}}
+            ),
+            "sampling_params.structured_output",
+        ),
+        (pb.ChatRequest(messages=[HI], thinking_token_budget=0), "thinking_token_budget"),
+        (pb.ChatRequest(messages=[HI], thinking_token_budget=4), "thinking_token_budget"),
     ],
 )
 async def test_errors_name_the_field(stub, request_: pb.ChatRequest, field: str) -> None:
