@@ -119,6 +119,9 @@ def _check_input(source: Source, recipe: Recipe) -> None:
     if recipe.wint4_end_layer >= config.num_hidden_layers:
         last = config.num_hidden_layers - 1
         raise QuantizeError(f"WINT4 up to layer {recipe.wint4_end_layer}, but the last layer is {last}")
+    if recipe.low_end_layer is not None and recipe.low_end_layer <= recipe.wint4_end_layer:
+        low, high = recipe.low_end_layer, recipe.wint4_end_layer
+        raise QuantizeError(f"2-bit experts end at layer {low}, WINT4 goes up to layer {high}: none is left")
 
 
 def _tune(

@@ -55,6 +55,9 @@ def test_quantize_says_what_it_will_do_and_what_came_of_it(full, text, tmp_path,
     out, err = capsys.readouterr()
     assert "memory       at most" in out
     assert "memory       peak" in out
+    assert "experts WINT4 in layers 0-2; attention and dense wint8" in out
+    assert "wint4      errors fed back" in out
+    assert "stream     self_attn.o_proj fitted" in out
     assert "top-1 agreement" in out
     assert "warning: layer 1" in err
     assert json.loads((tmp_path / "out" / "quantization_report.json").read_text())["recipe"]["low"] == "wint2"

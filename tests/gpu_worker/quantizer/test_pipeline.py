@@ -8,7 +8,7 @@ import torch
 
 from cuda_kernels.formats.layout import FormatError
 from gpu_worker.model.errors import CheckpointError
-from gpu_worker.quantizer import checksums, memory, pipeline
+from gpu_worker.quantizer import checksums, memory, pipeline, stages
 from gpu_worker.quantizer.errors import QuantizeError
 from gpu_worker.quantizer.evaluate import evaluate
 from gpu_worker.quantizer.recipe import Recipe
@@ -182,6 +182,34 @@ def test_an_output_that_exists_is_refused(full, tmp_path):
 def test_wint4_beyond_the_last_layer_is_refused(full, tmp_path):
     with pytest.raises(QuantizeError, match="WINT4 up to layer 3, but the last layer is 2"):
         quantize(full, tmp_path / "out", Recipe(wint4_end_layer=3))
+
+
+def test_two_bits_that_end_before_they_begin_are_refused(full, tmp_path):
+    with pytest.raises(QuantizeError, match="2-bit experts end at layer 1, WINT4 goes up to layer 1: none"):
+        quantize(full, tmp_path / "out", Recipe(wint4_end_layer=1, low_end_layer=1))
+
+
+def test_wint4_may_follow_the_two_bits(full, tmp_path):
+    quantize(full, tmp_path / "out", Recipe(wint4_end_layer=0, low_end_layer=1, effort="fast", min_rows=16))
+    written = source(tmp_path / "out")
+    assert [layer.mlp.experts[0].down.format for layer in written.plan.layers[1:]] == ["wint2", "wint4"]
+    assert not written.plan.notes
+    assert written.config.quantization.k_order == "shuffled"
+
+
+def test_the_report_says_what_each_stage_left(quantized):
+    report = quantized[1]
+    names = [(row.format, row.stage) for row in stages.table(report["layers"])]
+    wint2 = [stages.ROUNDED, stages.SEARCHED, stages.FED_BACK, stages.FITTED]
+    wint4 = [stages.ROUNDED, stages.FED_BACK, stages.FITTED]
+    assert names == [*(("wint2", stage) for stage in wint2), *(("wint4", stage) for stage in wint4)]
+    left = {row.stage: row.up_gate for row in stages.table(report["layers"]) if row.format == "wint2"}
+    assert left[stages.ROUNDED] > left[stages.SEARCHED] > left[stages.FED_BACK]
+    fits = {fit.name: fit.fitted / fit.without for fit in stages.fits(report["layers"])}
+    assert fits.keys() == {"self_attn.o_proj", "mlp.down_proj", "mlp.shared_experts.down_proj"}
+    assert max(fits.values()) < 1.05
+    page = (quantized[0] / "report.html").read_text()
+    assert all(stage in page for stage in wint2[:3])
 
 
 def test_too_little_disk_is_refused_with_the_numbers(full, tmp_path, monkeypatch):

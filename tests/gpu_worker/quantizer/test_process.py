@@ -83,7 +83,7 @@ def test_a_killed_run_goes_on_where_it_was_and_ends_the_same(tmp_path):
 
 
 def test_memory_is_bounded_by_one_expert_and_not_by_the_model(tmp_path):
-    sizes = {"moe_num_experts": 48, "hidden_size": 512, "head_dim": 128, "moe_intermediate_size": 256}
+    sizes = {"moe_num_experts": 40, "hidden_size": 256, "head_dim": 64, "moe_intermediate_size": 256}
     source = make_tiny_model(tmp_path / "model", quantized=False, moe_layer_start_index=0, **sizes)
     with start(source, tmp_path / "out") as process:
         out, err = process.communicate()
