@@ -22,7 +22,9 @@ from cuda_kernels.linear import DenseWeight, linear
 from cuda_kernels.tiled import TiledWeight
 
 _WARPS = 4  # as in csrc/route.cu
-_MAX_ROUTER_TOKENS = 32  # for more the matrix library's product is faster
+_FEW, _SEVERAL = (1, 4), (4, 8)  # experts and tokens of a router's block, as in csrc/route.cu
+_ROUTER_THREADS = 256
+_MAX_ROUTER_TOKENS = 128  # for more the matrix library's product is faster
 
 
 def route(
@@ -70,33 +72,28 @@ def launch_router(
     num_experts_per_token: int,
     norm_min: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same for few tokens by one kernel."""
+    """The same by one kernel, for at most `_MAX_ROUTER_TOKENS` tokens."""
     (num_tokens, width), num_experts = hidden_TD.shape, weight_ED.shape[0]
     check("hidden_TD", hidden_TD, (num_tokens, width), (torch.bfloat16,))
     check("weight_ED", weight_ED, (num_experts, width), (torch.float32,))
     ids_TA, weights_TA = _choices(hidden_TD, num_experts_per_token)
     logits_TE = torch.empty((num_tokens, num_experts), dtype=torch.float32, device=hidden_TD.device)
-    arguments: list[Argument] = [hidden_TD, weight_ED, width // 8, logits_TE, _counter(hidden_TD.device)]
+    arguments: list[Argument] = [hidden_TD, weight_ED, width // 8, logits_TE, _counters(hidden_TD.device)]
     arguments += [correction_bias_E, ids_TA, weights_TA, num_tokens, num_experts]
     arguments += [num_experts_per_token, float(norm_min)]
     if num_tokens:
-        shared_bytes = 4 * (8 * num_tokens + 1)
-        device.launch(
-            route_variant(num_experts),
-            "router",
-            (num_experts, 1),
-            256,
-            shared_bytes,
-            arguments,
-            overlaps=True,
-        )
+        kernel, (experts, tokens) = ("router_of_few", _FEW) if num_tokens <= _FEW[1] else ("router", _SEVERAL)
+        grid = -(-num_experts // experts), -(-num_tokens // tokens)
+        shared_bytes = 4 * (experts * tokens * _ROUTER_THREADS // 32 + 1)
+        variant = route_variant(num_experts)
+        device.launch(variant, kernel, grid, _ROUTER_THREADS, shared_bytes, arguments, overlaps=True)
     return ids_TA, weights_TA
 
 
 @cache
-def _counter(where: torch.device) -> torch.Tensor:
-    """Zero, which every launch leaves as zero."""
-    return torch.zeros(1, dtype=torch.int32, device=where)
+def _counters(where: torch.device) -> torch.Tensor:
+    """Zeros, one for each group of tokens, which every launch leaves as zeros."""
+    return torch.zeros(-(-_MAX_ROUTER_TOKENS // _SEVERAL[1]), dtype=torch.int32, device=where)
 
 
 def _choices(like_T: torch.Tensor, num_experts_per_token: int) -> tuple[torch.Tensor, torch.Tensor]:

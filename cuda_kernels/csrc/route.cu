@@ -99,46 +99,79 @@ struct __align__(16) Eight {
     u32 pair[4];
 };
 
-// This thread's share of one product of a bfloat and a float row, in vectors of eight.
-DEVICE float dot(const Eight* x, const Floats4* weight, int vectors) {
-    float sum = 0;
-    for (int i = threadIdx.x; i < vectors; i += ROUTER_THREADS) {
-        Eight values = x[i];
-        Floats4 low = weight[2 * i], high = weight[2 * i + 1];
-        sum += low_bfloat(values.pair[0]) * low.v[0] + high_bfloat(values.pair[0]) * low.v[1];
-        sum += low_bfloat(values.pair[1]) * low.v[2] + high_bfloat(values.pair[1]) * low.v[3];
-        sum += low_bfloat(values.pair[2]) * high.v[0] + high_bfloat(values.pair[2]) * high.v[1];
-        sum += low_bfloat(values.pair[3]) * high.v[2] + high_bfloat(values.pair[3]) * high.v[3];
-    }
-    return sum;
+// A bfloat row of x and a float row of the weights, eight values of each.
+DEVICE float dot(const Eight& x, const Floats4& low, const Floats4& high) {
+    float sum = low_bfloat(x.pair[0]) * low.v[0] + high_bfloat(x.pair[0]) * low.v[1];
+    sum += low_bfloat(x.pair[1]) * low.v[2] + high_bfloat(x.pair[1]) * low.v[3];
+    sum += low_bfloat(x.pair[2]) * high.v[0] + high_bfloat(x.pair[2]) * high.v[1];
+    return sum + (low_bfloat(x.pair[3]) * high.v[2] + high_bfloat(x.pair[3]) * high.v[3]);
 }
 
-// The router's matrix product and the choice in one launch, for few tokens: a block an expert; the last one chooses.
-KERNEL(ROUTER_THREADS, 2) router(const Eight* x, const Floats4* weight, int vectors, float* logits, u32* counter,
-                                 const float* bias, int* ids, float* weights, int tokens, int experts, int activated,
-                                 float norm_min) {
+// The router's matrix product and the choice in one launch. A block has EXPERTS experts and TOKENS tokens, each row of
+// which it reads once; the last block to come of those with the same tokens chooses for them, a warp a token.
+template <int EXPERTS, int TOKENS>
+DEVICE void route_block(const Eight* x, const Floats4* weight, int vectors, float* logits, u32* counters,
+                        const float* bias, int* ids, float* weights, int tokens, int experts, int activated,
+                        float norm_min) {
     DYNAMIC_SHARED(shared);
-    float* partial = (float*)shared;  // [tokens, ROUTER_WARPS]
-    int* is_last = (int*)(partial + tokens * ROUTER_WARPS);
-    int expert = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float* partial = (float*)shared;  // [TOKENS, EXPERTS, ROUTER_WARPS]
+    int* is_last = (int*)(partial + TOKENS * EXPERTS * ROUTER_WARPS);
+    int first_expert = blockIdx.x * EXPERTS, first_token = blockIdx.y * TOKENS;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    float sums[TOKENS][EXPERTS] = {};
     wait_for_earlier_kernels();
     let_next_kernel_start();
-    for (int token = 0; token < tokens; ++token) {
-        float sum = warp_sum(dot(x + (long)token * vectors, weight + (long)expert * 2 * vectors, vectors));
-        if (lane == 0) partial[token * ROUTER_WARPS + warp] = sum;
+    for (int i = threadIdx.x; i < vectors; i += ROUTER_THREADS) {
+        Floats4 low[EXPERTS], high[EXPERTS];
+#pragma unroll
+        for (int e = 0; e < EXPERTS; ++e) {
+            const Floats4* row = weight + 2 * ((long)smaller(first_expert + e, experts - 1) * vectors + i);
+            low[e] = row[0];
+            high[e] = row[1];
+        }
+#pragma unroll
+        for (int t = 0; t < TOKENS; ++t) {
+            if (first_token + t >= tokens) continue;
+            Eight values = x[(long)(first_token + t) * vectors + i];
+#pragma unroll
+            for (int e = 0; e < EXPERTS; ++e) sums[t][e] += dot(values, low[e], high[e]);
+        }
+    }
+#pragma unroll
+    for (int t = 0; t < TOKENS; ++t) {
+        if (first_token + t >= tokens) continue;
+#pragma unroll
+        for (int e = 0; e < EXPERTS; ++e) {
+            float sum = warp_sum(sums[t][e]);
+            if (lane == 0) partial[(t * EXPERTS + e) * ROUTER_WARPS + warp] = sum;
+        }
     }
     sync_block();
-    for (int token = threadIdx.x; token < tokens; token += ROUTER_THREADS) {
+    int token = first_token + threadIdx.x / EXPERTS, expert = first_expert + threadIdx.x % EXPERTS;
+    if (threadIdx.x < TOKENS * EXPERTS && token < tokens && expert < experts) {
         float sum = 0;
-        for (int i = 0; i < ROUTER_WARPS; ++i) sum += partial[token * ROUTER_WARPS + i];
+        for (int i = 0; i < ROUTER_WARPS; ++i) sum += partial[threadIdx.x * ROUTER_WARPS + i];
         logits[token * experts + expert] = sum;
     }
     sync_block();
-    if (threadIdx.x == 0) *is_last = arrive(counter) + 1 == (u32)experts;
+    u32* counter = counters + blockIdx.y;
+    if (threadIdx.x == 0) *is_last = arrive(counter) + 1 == gridDim.x;
     sync_block();
     if (!*is_last) return;
     see_arrived();
     Chooser chooser = {logits, bias, ids, weights, experts, activated, norm_min};
-    for (int token = warp; token < tokens; token += ROUTER_WARPS) chooser.choose(token, lane);
+    if (warp < TOKENS && first_token + warp < tokens) chooser.choose(first_token + warp, lane);
     if (threadIdx.x == 0) *counter = 0;
+}
+
+KERNEL(ROUTER_THREADS, 2) router_of_few(const Eight* x, const Floats4* weight, int vectors, float* logits,
+                                        u32* counters, const float* bias, int* ids, float* weights, int tokens,
+                                        int experts, int activated, float norm_min) {
+    route_block<1, 4>(x, weight, vectors, logits, counters, bias, ids, weights, tokens, experts, activated, norm_min);
+}
+
+KERNEL(ROUTER_THREADS, 2) router(const Eight* x, const Floats4* weight, int vectors, float* logits, u32* counters,
+                                 const float* bias, int* ids, float* weights, int tokens, int experts, int activated,
+                                 float norm_min) {
+    route_block<4, 8>(x, weight, vectors, logits, counters, bias, ids, weights, tokens, experts, activated, norm_min);
 }

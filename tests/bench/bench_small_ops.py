@@ -1,5 +1,7 @@
 """Norm, rope, KV store and routing at ERNIE 4.5's widths, beside the same in torch.
 
+"router" is the router's matrix product with the choice, beside the library's product and `route`.
+
 python -m tests.bench.bench_small_ops [--shape 300b 21b] [--output FILE.json]
 """
 
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from cuda_kernels import kv_store, norm, rope, routing
+from cuda_kernels.linear import pack_dense
 from tests.bench.gpu_timing import ROWS, Timer, arguments, describe_device
 from tests.bench.results import save
 
@@ -42,6 +45,7 @@ def cases(of: Widths, rows: int) -> dict[str, tuple[float, Work, Work]]:
     table, positions = rope.cos_sin_table(8192, HEAD_DIM, 5e5).cuda(), torch.arange(rows, device="cuda")
     cache = torch.zeros(2, rows // 64 + 1, 64, of.num_kv_heads, HEAD_DIM, device="cuda").bfloat16()
     logits, bias = torch.randn(rows, NUM_EXPERTS, device="cuda"), torch.zeros(NUM_EXPERTS, device="cuda")
+    router = pack_dense(torch.randn(NUM_EXPERTS, of.hidden, device="cuda") / of.hidden)
 
     def torch_norm() -> None:
         torch.nn.functional.rms_norm(x + x, (of.hidden,), scale, 1e-5)
@@ -62,6 +66,9 @@ def cases(of: Widths, rows: int) -> dict[str, tuple[float, Work, Work]]:
         chosen = probabilities.gather(-1, ids)
         chosen / chosen.sum(-1, keepdim=True)
 
+    def library_router() -> None:
+        routing.route(torch.nn.functional.linear(x.float(), router.data), bias, of.activated, 1e-12)
+
     kv_bytes = 4 * key.numel() * 2
     return {
         "add_rms_norm": (8 * x.numel(), lambda: norm.add_rms_norm(x, x, scale, 1e-5), torch_norm),
@@ -76,6 +83,11 @@ def cases(of: Widths, rows: int) -> dict[str, tuple[float, Work, Work]]:
             torch_store,
         ),
         "route": (4 * logits.numel(), lambda: routing.route(logits, bias, of.activated, 1e-12), torch_route),
+        "router": (
+            router.nbytes + 2 * x.numel(),
+            lambda: routing.choose_experts(x, router, bias, of.activated, 1e-12),
+            library_router,
+        ),
     }
 
 

@@ -82,7 +82,10 @@ def test_route(emulator_folder: object, num_tokens: int, num_experts: int, data:
     assert torch.equal(ids, expected_ids)
 
 
-@pytest.mark.parametrize(("num_tokens", "num_experts", "width"), [(0, 4, 64), (1, 64, 576), (11, 40, 72)])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "width"),
+    [(0, 4, 64), (1, 64, 576), (3, 41, 72), (4, 6, 4104), (5, 64, 576), (11, 42, 72), (128, 8, 64)],
+)
 def test_router_for_few_tokens(num_tokens: int, num_experts: int, width: int, emulator: Emulator) -> None:
     hidden, bias = rows(num_tokens, width), torch.zeros(num_experts)
     weight = torch.randn(num_experts, width, generator=torch.Generator().manual_seed(1)) * width**-0.5
@@ -91,6 +94,15 @@ def test_router_for_few_tokens(num_tokens: int, num_experts: int, width: int, em
     wanted = routing.choose_experts(hidden, pack_dense(weight), bias, 3, 1e-12)
     assert torch.equal(ids, wanted[0])
     torch.testing.assert_close(weights, wanted[1], rtol=1e-4, atol=1e-6)
+
+
+def test_a_tokens_logits_do_not_depend_on_how_many_there_are(emulator: Emulator) -> None:
+    hidden, bias = rows(9, 2056), torch.zeros(8)
+    weight = torch.randn(8, 2056, generator=torch.Generator().manual_seed(1)) / 40
+    together = routing.launch_router(emulator, hidden, weight, bias, 8, 1e-12)[1]
+    for index in range(9):
+        alone = routing.launch_router(emulator, hidden[index : index + 1], weight, bias, 8, 1e-12)[1]
+        assert torch.equal(alone[0], together[index])
 
 
 def test_route_of_equal_scores_takes_the_lower_id_and_of_nans_a_legal_one(emulator: Emulator) -> None:
