@@ -124,12 +124,15 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
     """Streams `completion` (default: the prompt again), one token a message, `delay_seconds` between them.
 
     `live` holds the ids of requests whose streams are open; `error` is raised after `error_after` tokens.
+    While `may_finish` is cleared, completions wait before their last message.
     """
 
     def __init__(self, *, completion: list[int] | None = None, delay_seconds: float = 0.0) -> None:
         self.completion = completion
         self.delay_seconds = delay_seconds
         self.max_model_len = 4096
+        self.may_finish = asyncio.Event()
+        self.may_finish.set()
         self.error: Exception | None = None
         self.error_after = 0
         self.live: set[str] = set()
@@ -162,6 +165,7 @@ class FakeWorker(worker_pb2_grpc.WorkerServiceServicer):
             await asyncio.sleep(self.delay_seconds)
             yield worker_pb2.GenerateResponse(delta=delta(token_id, params))
         self._fail_after(len(ids))
+        await self.may_finish.wait()
         yield worker_pb2.GenerateResponse(finish=finish(len(prompt), ids))
 
     def _fail_after(self, num_tokens: int) -> None:

@@ -120,6 +120,11 @@ class GrpcServer:
         """Calls in flight, infrastructure and background methods not counted."""
         return self._interceptor.calls.num_calls
 
+    @property
+    def is_draining(self) -> bool:
+        """No new calls are let in."""
+        return self._interceptor.calls.is_closed
+
     async def start(self) -> str:
         """Binds, answers health with NOT_SERVING; returns the bound address. StartupError if taken."""
         check_listenable(self.listen)

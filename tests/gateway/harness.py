@@ -118,6 +118,14 @@ async def serving_stack(
         yield made, only
 
 
+async def until_waiting(stack: Stack, num_requests: int) -> None:
+    """So many requests wait for a place."""
+    async with open_channel(stack.gateway.grpc_address) as channel, asyncio.timeout(30):
+        stub = scheduler_pb2_grpc.SchedulerServiceStub(channel)
+        while len((await stub.GetQueue(scheduler_pb2.GetQueueRequest())).waiting) != num_requests:
+            await asyncio.sleep(0.01)
+
+
 async def until(condition: Any, timeout_seconds: float = 30.0) -> None:
     async with asyncio.timeout(timeout_seconds):
         while not condition():

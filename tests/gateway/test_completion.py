@@ -16,6 +16,7 @@ from protos.wint2.common.v1.common_pb2 import FINISH_REASON_STOP, Usage
 from protos.wint2.tokenizer.v1.tokenizer_pb2 import DetokenizeOptions
 from protos.wint2.worker.v1.worker_pb2 import Delta, Finish, GenerateResponse
 from tests.fakes import FIRST_BYTE_ID, FakeTokenizer, connected, tokenizer_service
+from tests.gateway.harness import until
 
 END = GenerateResponse(finish=Finish(reason=FINISH_REASON_STOP, usage=Usage(completion_tokens=5)))
 
@@ -47,9 +48,9 @@ async def test_pieces_that_nobody_reads_are_put_together() -> None:
     async with completing() as completion:
         for letter in "hello":
             completion.on_response(letters(letter))
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.01)
         completion.on_response(END)
-        await asyncio.sleep(0.2)
+        await until(lambda: completion._is_finished)
         *pieces, finished = await read_all(completion)
     assert isinstance(finished, Finished)
     assert [piece.text for piece in pieces if isinstance(piece, TextPiece)] == ["hello"]

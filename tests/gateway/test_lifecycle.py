@@ -5,16 +5,25 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-import time
 from collections.abc import AsyncIterator
 
 import openai
 import pytest
 
+from gateway.readiness import POLL_SECONDS
 from protos.rpc.errors import UnavailableError
 from protos.rpc.server import GrpcServer
 from tests.fakes import FakeWorker, worker_service
-from tests.gateway.harness import MODEL, Stack, registered, serving_stack, stack, until, worker
+from tests.gateway.harness import (
+    MODEL,
+    Stack,
+    registered,
+    serving_stack,
+    stack,
+    until,
+    until_waiting,
+    worker,
+)
 
 HI = [{"role": "user", "content": "hi"}]
 ENDLESS = [ord("x") + 3] * 100_000
@@ -99,7 +108,7 @@ async def test_after_the_first_token_nobody_takes_over() -> None:
 
 
 async def test_requests_wait_for_room() -> None:
-    fake = FakeWorker(delay_seconds=0.02)
+    fake = FakeWorker(delay_seconds=0.005)
     async with stack() as made, worker(made, fake, max_num_seqs=1):
         responses = await asyncio.gather(*(made.chat() for _ in range(8)))
         assert [response.status_code for response in responses] == [200] * 8
@@ -110,7 +119,7 @@ async def test_a_full_queue_answers_429() -> None:
     async with stack(max_waiting=1) as made, worker(made, fake, max_num_seqs=1):
         tasks = [asyncio.create_task(made.chat()) for _ in range(3)]
         await until(lambda: len(fake.live) == 2)
-        await asyncio.sleep(0.1)
+        await until_waiting(made, 1)
         with pytest.raises(openai.RateLimitError) as caught:
             await made.openai.chat.completions.create(model=MODEL, messages=HI)
         assert caught.value.code == "rate_limit_exceeded"
@@ -148,15 +157,15 @@ async def test_readiness_follows_the_worker() -> None:
         async with worker(made, is_serving=False):
             assert "none of the 1 registered" in (await made.http.get("/health")).json()["reasons"][0]
         async with worker(made):
-            await ready_within(made, 1.0, status=200)
-        await ready_within(made, 1.0, status=503)
+            await until_health(made, 200)
+        await until_health(made, 503)
+    assert POLL_SECONDS < 0.5  # a worker's end is known at once, and asked for so often
 
 
-async def ready_within(made: Stack, seconds: float, status: int) -> None:
-    deadline = time.monotonic() + seconds
-    while (await made.http.get("/health")).status_code != status:
-        assert time.monotonic() < deadline
-        await asyncio.sleep(0.02)
+async def until_health(made: Stack, status: int) -> None:
+    async with asyncio.timeout(30):
+        while (await made.http.get("/health")).status_code != status:
+            await asyncio.sleep(0.02)
 
 
 async def test_a_request_waits_for_a_worker_that_comes_back() -> None:
@@ -164,8 +173,7 @@ async def test_a_request_waits_for_a_worker_that_comes_back() -> None:
         async with worker(made):
             assert (await made.chat()).status_code == 200
         waiting = asyncio.create_task(made.chat())
-        await asyncio.sleep(0.3)
-        assert not waiting.done()
+        await until_waiting(made, 1)
         async with worker(made):
             assert (await waiting).status_code == 200
 
@@ -179,8 +187,8 @@ async def test_a_request_does_not_wait_beyond_the_grace() -> None:
 
 
 async def test_drain_finishes_what_runs_and_refuses_the_rest() -> None:
-    fake = FakeWorker(delay_seconds=0.05)
-    async with serving_stack(fake) as (made, _):
+    async with serving_stack() as (made, fake):
+        fake.may_finish.clear()
         running = asyncio.create_task(made.chat())
         await until(lambda: len(fake.live) == 1)
         draining = asyncio.create_task(made.gateway.drain(10))
@@ -188,6 +196,7 @@ async def test_drain_finishes_what_runs_and_refuses_the_rest() -> None:
         refused = await made.chat()
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
         assert (await made.http.get("/health")).status_code == 503
+        fake.may_finish.set()
         assert (await running).status_code == 200
         await draining
 

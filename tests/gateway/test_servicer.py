@@ -14,7 +14,7 @@ from protos.wint2.common.v1 import common_pb2
 from protos.wint2.gateway.v1 import gateway_pb2 as pb
 from protos.wint2.gateway.v1 import gateway_pb2_grpc
 from tests.fakes import FakeWorker
-from tests.gateway.harness import MODEL, Stack, serving_stack, until
+from tests.gateway.harness import MODEL, Stack, serving_stack, until, until_waiting
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ async def test_a_full_queue_says_when_to_come_back() -> None:
         calls = [stub.GenerateStream(pb.GenerateStreamRequest(text="x")) for _ in range(9)]
         await until(lambda: len(endless.live) == 9)
         calls.append(stub.GenerateStream(pb.GenerateStreamRequest(text="x")))
-        await asyncio.sleep(0.1)
+        await until_waiting(made, 1)
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await stub.Generate(pb.GenerateRequest(text="x"))
         error = from_rpc_error(caught.value)

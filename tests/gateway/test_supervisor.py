@@ -58,7 +58,7 @@ async def two_processes(folder: Path) -> AsyncIterator[tuple[asyncio.subprocess.
 async def all_ready(url: str) -> None:
     """Connection after connection meets a process that knows the worker."""
     num_ready = 0
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while num_ready < 12:
             async with httpx.AsyncClient(base_url=url) as http:
                 status = (await http.get("/health")).status_code

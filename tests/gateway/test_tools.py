@@ -54,7 +54,7 @@ async def test_calls(stack: Stack, worker: FakeWorker) -> None:
 
 async def test_streamed_calls(stack: Stack, worker: FakeWorker) -> None:
     say(worker, ANSWER)
-    worker.delay_seconds = 0.02  # what is ready at once would be one piece
+    worker.delay_seconds = 0.005  # what is ready at once would be one piece
     content, calls, reasons, num_pieces = "", [], [], 0
     async for chunk in await ask(stack, stream=True):
         [choice] = chunk.choices

@@ -147,14 +147,18 @@ async def test_a_cancelled_call_and_all_calls_of_a_client_that_leaves_are_ended(
 
 
 async def test_a_drain_awaits_the_calls_and_refuses_new_ones():
-    async with stream_to(FakeWorker(delay_seconds=0.1)) as (server, stream):
+    worker = FakeWorker()
+    worker.may_finish.clear()
+    async with stream_to(worker) as (server, stream):
         await stream.start(1)
         await stream.read()
+        assert server.num_calls == 1
         drained = asyncio.create_task(server.drain(20))
-        await until(lambda: server.num_calls == 1)
-        await asyncio.sleep(0.05)
+        await until(lambda: server.is_draining)
         await stream.start(2)
-        await stream.read_until_over(1, 2)
+        await stream.read_until_over(2)
+        worker.may_finish.set()
+        await stream.read_until_over(1)
         assert await drained == 0
     assert stream.kinds[1][-1] == "finish"
     assert from_status(stream.ends[2]).reason == "DRAINING"

@@ -136,7 +136,8 @@ async def test_a_second_signal_ends_at_once(tmp_path):
     async with running(tmp_path, "--delay", "60") as (process, channel):
         await anext(generate(channel))
         process.send_signal(signal.SIGINT)
-        await asyncio.sleep(0.2)
+        async with asyncio.timeout(30):
+            await process.stderr.readuntil(b"draining")
         assert process.returncode is None
         process.send_signal(signal.SIGINT)
         async with asyncio.timeout(30):

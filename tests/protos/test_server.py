@@ -71,16 +71,21 @@ async def test_health_follows_the_life_of_the_server(started):
 
 async def test_a_drain_lets_calls_in_flight_finish_and_takes_no_new_ones(started):
     server, channel = started
-    server.add(worker_service(FakeWorker(delay_seconds=0.05)))
+    worker = FakeWorker()
+    worker.may_finish.clear()
+    server.add(worker_service(worker))
     await server.set_serving(True)
     responses = aiter(generate(channel))
     await anext(responses)
-    drained = asyncio.create_task(server.drain(10))
-    await asyncio.sleep(0.02)
+    drained = asyncio.create_task(server.drain(30))
+    async with asyncio.timeout(30):
+        while not server.is_draining:
+            await asyncio.sleep(0.001)
     assert await check(channel) == NOT_SERVING
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await generate(channel).read()
     assert from_rpc_error(caught.value).reason == "DRAINING"
+    worker.may_finish.set()
     rest = [message async for message in responses]
     assert rest[-1].HasField("finish")
     assert await drained == 0

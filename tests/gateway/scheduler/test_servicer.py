@@ -66,11 +66,16 @@ async def until_async(ask, wanted: int) -> None:
 
 async def test_lists_workers_with_their_load(address: str, stub) -> None:
     async with registered(address, "w:1"), registered(address, "w:2", is_serving=False):
-        await asyncio.sleep(0.1)
+        await until_async(lambda: num_serving(stub), 1)
         workers = (await stub.ListWorkers(pb.ListWorkersRequest())).workers
         assert [(w.worker_id, w.load.is_serving) for w in workers] == [("w:1", True), ("w:2", False)]
         assert workers[0].load_time.ToSeconds() > 1_000_000_000
     await until_async(lambda: num_workers(stub), 0)
+
+
+async def num_serving(stub) -> int:
+    workers = (await stub.ListWorkers(pb.ListWorkersRequest())).workers
+    return sum(worker.load.is_serving for worker in workers)
 
 
 async def num_workers(stub) -> int:
