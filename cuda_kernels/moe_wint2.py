@@ -26,6 +26,7 @@ _WARPS, _THREADS = 16, 512
 _SLOT_BYTES = 1152  # of one warp's ring: one 128-step of a pair
 _STAGES = 3  # of the ring; more gain nothing
 _WARPS_K = 1, 2, 4, 8  # that may share a pair
+_PIECE_ROWS = 4  # an mma of int8 holds both pieces of so many
 _PANEL_STEPS = 3  # what beginning and ending a panel takes, in steps
 _MAX_SORTED_HERE = 128  # routed rows that a projection sorts by itself
 
@@ -145,11 +146,20 @@ def experts_used(num_tokens: int, experts_per_token: int, num_experts: int) -> f
     return num_experts * (1 - missed)
 
 
+def piece_rows(tile_rows: int) -> int:
+    """Up to how many rows a token tile is multiplied as int8 pieces (csrc/expert_pieces.cuh); 0: none is.
+
+    Four rows fill an mma of int8. In such a loop by itself (bench_decode_variants.py, an H200) that was 1.4
+    times as fast as half precision; more rows take two mma, and by their instructions gain nothing.
+    """
+    return min(tile_rows, _PIECE_ROWS)
+
+
 def _shared_bytes(warps_k: int, rows: int, steps: int) -> int:
     rings = _WARPS * _STAGES * _SLOT_BYTES
     padding = 128 // warps_k if warps_k > 4 else 0
     partials = 2 * _WARPS * (256 + padding) * 4 if warps_k > 1 else 2 * _MAX_SORTED_HERE * 4
-    activations = steps * (128 + 256 * rows) + rows * 4
+    activations = steps * max(128 + 256 * rows, 144 + 256 * piece_rows(rows)) + _WARPS * 8 + rows * 4
     sorted_here = 5 * _MAX_SORTED_HERE * 4 + 4
     return rings + 64 + partials + activations + sorted_here
 
@@ -166,6 +176,7 @@ def moe_wint2_variants() -> list[Variant]:
 
 def _variant(is_gated: bool, warps_k: int, rows: int) -> Variant:
     defines = {"GATED": int(is_gated), "WARPS_K": warps_k, "ROWS": rows, "STAGES": _STAGES}
+    defines["PIECES"] = piece_rows(rows)
     return Variant("moe_wint2", tuple(defines.items()))
 
 

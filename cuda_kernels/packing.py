@@ -28,15 +28,17 @@ log = logging.getLogger(__name__)
 TILE = 16  # channels of one tensor-core tile
 STEP = 128  # of K; two 64-groups
 FRACTION_BITS, SHORT_FRACTION_BITS = 17, 9
+_FLOATS_LIMIT = 2**22 - 1  # of codes before they wrap, so that a float's mantissa holds them
 _SEARCHED = 64  # multipliers tried at most on either side of the rounded one
 
 
 class Arithmetic(IntEnum):
     """How the kernel makes the code of a byte b; wint2.cuh has the same names."""
 
-    FLOATS = 0  # floor(fma(b, code_scale, code_zp + 1/2))
+    FLOATS = 0  # floor(fma(b, code_scale, code_zp + 1/2)), below 2^22 before it wraps
     INTEGERS = 1  # (b·A + B) >> 17
     SHORT = 2  # (b·A + B) >> 9 with A below 2^16: the cheapest
+    WIDE_FLOATS = 3  # floats of any size
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +47,7 @@ class PackedWint2:
 
     records: Tensor  # u8 [E, P, record bytes]
     channels: Tensor  # i32 [E, P, 8, 8]: A of (tile, r) = (0,0) (0,1) (1,0) (1,1), then B
-    arithmetic: Tensor  # i32 [E, P]: of A and B (FLOATS: the bits of code_scale and code_zp + 1/2)
+    arithmetic: Tensor  # i32 [E, P]: of A and B (floats: the bits of code_scale and code_zp + 1/2)
     super_scales: Tensor  # f32 [E, P, 2, TILE]
     num_rows: int  # K, padded
     num_columns: int  # N as stored: gate and up counted both
@@ -185,6 +187,13 @@ def _offset_interval(codes: Tensor, multiplier: Tensor, fraction_bits: int) -> t
     return least.amax(0), least.amin(0) + (1 << fraction_bits) - 1
 
 
+def _float_kinds(scale: Tensor, offset: Tensor) -> Tensor:
+    """Of pairs [E, P] whose codes are made by floats."""
+    ends = offset.abs().maximum((scale * (ccq.NUM_CODES - 1) + offset).abs())
+    is_narrow = (ends < _FLOATS_LIMIT).flatten(-2).all(-1)
+    return torch.where(is_narrow, int(Arithmetic.FLOATS), int(Arithmetic.WIDE_FLOATS))
+
+
 def _wrap(value: Tensor) -> Tensor:
     return (value & 0xFFFFFFFF).to(torch.uint32).view(torch.int32)
 
@@ -231,7 +240,7 @@ def _pack_channels(code_scale: Tensor, code_zp: Tensor) -> tuple[Tensor, Tensor]
     """Constants and kinds of arithmetic: a pair takes the cheapest that is exact for all its channels."""
     scale, zp = code_scale.float().contiguous(), code_zp.float().contiguous()
     a, b = scale.view(torch.int32), (zp + 0.5).view(torch.int32)
-    kinds = torch.zeros(scale.shape[:2], dtype=torch.int32, device=scale.device)
+    kinds = _float_kinds(scale, zp + 0.5)
     for kind, bits in ((Arithmetic.INTEGERS, FRACTION_BITS), (Arithmetic.SHORT, SHORT_FRACTION_BITS)):
         found_constants = integer_constants(scale.flatten(), zp.flatten(), bits)
         multiplier, offset, found = (constant.view(scale.shape) for constant in found_constants)

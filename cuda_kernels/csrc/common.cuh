@@ -157,6 +157,13 @@ DEVICE void mma_bfloat(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const f
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));
 }
 
+// The same with m16n8k32 fragments of bytes, A unsigned and B signed, and 32-bit sums: four bytes stand where two halves did.
+DEVICE void mma_bytes(u32 (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const u32 (&c)[4]) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
+        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
+
 DEVICE void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 
 // Programmatic dependent launch: a kernel launched to overlap starts while the one before it ends, and may touch
@@ -255,7 +262,9 @@ DEVICE float inverse_root(float x) { return rsqrtf(x); }
 DEVICE float fast_divide(float a, float b) { return __fdividef(a, b); }
 DEVICE float round_down(float x) { return floorf(x); }
 DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+DEVICE float add_down(float a, float b) { return __fadd_rd(a, b); }  // rounded towards minus infinity
 DEVICE int to_int(float x) { return __float2int_rz(x); }
+DEVICE int nearest_int(float x) { return __float2int_rn(x); }
 DEVICE float larger(float a, float b) { return fmaxf(a, b); }  // of a NaN and a number the number
 #endif
 

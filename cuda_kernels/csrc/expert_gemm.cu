@@ -109,7 +109,7 @@ struct Tokens {
 
 // The four warps of a product must issue it together: where the pairs of a panel differ in their arithmetic, only the
 // decoding branches.
-constexpr Arithmetic MIXED = (Arithmetic)3;
+constexpr Arithmetic MIXED = (Arithmetic)4;
 
 template <Arithmetic kArithmetic>
 DEVICE void decode_as(u32 kind, u32 row, u32 row8, int pair, const Channels& channels, u32 (&first)[4],
@@ -118,8 +118,10 @@ DEVICE void decode_as(u32 kind, u32 row, u32 row8, int pair, const Channels& cha
         decode<SHORT>(row, row8, pair, channels, first, second);
     } else if (kArithmetic == INTEGERS || kind == INTEGERS) {
         decode<INTEGERS>(row, row8, pair, channels, first, second);
-    } else {
+    } else if (kind == FLOATS) {
         decode<FLOATS>(row, row8, pair, channels, first, second);
+    } else {
+        decode<WIDE_FLOATS>(row, row8, pair, channels, first, second);
     }
 }
 
@@ -176,7 +178,7 @@ struct Unit {
     DEVICE bool is_uniform() const {
         bool same = true;
         for (int i = 1; i < WARPS; ++i) same &= kinds[i] == kinds[0];
-        return same && kinds[0] != FLOATS;
+        return same && (kinds[0] == SHORT || kinds[0] == INTEGERS);
     }
 };
 

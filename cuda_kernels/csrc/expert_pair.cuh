@@ -53,7 +53,7 @@ DEVICE void multiply(Sums& acc, const Words4 (&codes)[2], u32 scales, const Chan
                     mma(c[n], second, b[n][pair].z, b[n][pair].w, c[n]);
                 }
             }
-            float scale = local_scale(scales_g, 2 * i + h), scale8 = local_scale(scales_g8, 2 * i + h);
+            float scale = byte_float(scales_g, 2 * i + h), scale8 = byte_float(scales_g8, 2 * i + h);
 #pragma unroll
             for (int n = kFirst; n < kEnd; ++n) {
                 acc[i][n][0] += scale * c[n][0];
@@ -66,18 +66,25 @@ DEVICE void multiply(Sums& acc, const Words4 (&codes)[2], u32 scales, const Chan
     }
 }
 
-// `count` of this warp's steps: the loop that the kernel's time goes to. The float code takes too many registers for
-// several columns at once: there a weight is decoded for each.
-template <Arithmetic kArithmetic, int kColumns, class Stream>
-DEVICE void multiply_steps(Sums& acc, Stream& stream, const Channels (&channels)[2], Operands& x, int count) {
-#pragma unroll(kArithmetic == FLOATS || kColumns > 1 ? 1 : 2)  // two steps as far as registers go
+// One step of kColumns columns. The float code takes too many registers for several at once: there a weight is decoded
+// for each.
+template <Arithmetic kArithmetic, int kColumns>
+DEVICE void multiply_step(Sums& acc, const Words4 (&codes)[2], u32 scales, const Channels (&channels)[2],
+                          const Operands& x) {
+    constexpr int kAtOnce = IS_FLOAT<kArithmetic> ? 1 : kColumns;
+    multiply<kArithmetic, 0, kAtOnce>(acc, codes, scales, channels, x);
+    if (kAtOnce < kColumns) multiply<kArithmetic, kAtOnce, kColumns>(acc, codes, scales, channels, x);
+}
+
+// `count` of this warp's steps: the loop that the kernel's time goes to. `X` is the form of the activations.
+template <Arithmetic kArithmetic, int kColumns, class Stream, class X>
+DEVICE void multiply_steps(Sums& acc, Stream& stream, const Channels (&channels)[2], X& x, int count) {
+#pragma unroll(IS_FLOAT<kArithmetic> || kColumns > 1 ? 1 : 2)  // two steps as far as registers go
     for (; count > 0; --count) {
         Words4 codes[2];
         u32 scales;
         stream.take(codes, scales);
-        constexpr int kAtOnce = kArithmetic == FLOATS ? 1 : kColumns;
-        multiply<kArithmetic, 0, kAtOnce>(acc, codes, scales, channels, x);
-        if (kAtOnce < kColumns) multiply<kArithmetic, kAtOnce, kColumns>(acc, codes, scales, channels, x);
+        multiply_step<kArithmetic, kColumns>(acc, codes, scales, channels, x);
         x.advance(WARPS_K);
     }
 }
@@ -106,8 +113,8 @@ struct PairConstants {
 };
 
 // `count` of this warp's steps of one panel, in runs that end where the copies, which are ahead, come to another stretch.
-template <int kColumns, class Stream>
-DEVICE void sweep(Sums& acc, Stream& stream, const PairConstants& constants, Operands& x, int count) {
+template <int kColumns, class Stream, class X>
+DEVICE void sweep(Sums& acc, Stream& stream, const PairConstants& constants, X x, int count) {
     Channels channels[2] = {{{constants.a.x, constants.a.y}, {constants.b.x, constants.b.y}},
                             {{constants.a.z, constants.a.w}, {constants.b.z, constants.b.w}}};
     while (count > 0) {
@@ -117,7 +124,8 @@ DEVICE void sweep(Sums& acc, Stream& stream, const PairConstants& constants, Ope
         switch (constants.arithmetic) {
             case SHORT: multiply_steps<SHORT, kColumns>(acc, stream, channels, x, run); break;
             case INTEGERS: multiply_steps<INTEGERS, kColumns>(acc, stream, channels, x, run); break;
-            default: multiply_steps<FLOATS, kColumns>(acc, stream, channels, x, run);
+            case FLOATS: multiply_steps<FLOATS, kColumns>(acc, stream, channels, x, run); break;
+            default: multiply_steps<WIDE_FLOATS, kColumns>(acc, stream, channels, x, run);
         }
         if (stream.left == 0) stream.advance();
     }

@@ -16,15 +16,19 @@
 // passes, each over all the CTA's panels of that tile, and the sums rest in `scratch` between them.
 //
 // Compile-time parameters: GATED (a pair is gate and up: SwiGLU in registers; else two tiles of the down projection),
-// WARPS_K, ROWS, STAGES, WINT2_BFLOAT (wint2.cuh).
-#include "expert_pair.cuh"
-#include "expert_rows.cuh"
+// WARPS_K, ROWS, STAGES, PIECES (the fullest tile whose activations are taken as int8 pieces, expert_pieces.cuh; fuller ones
+// are taken in half precision, or bfloat with WINT2_BFLOAT, wint2.cuh).
+#include "expert_pieces.cuh"
 
 constexpr int SPLITS = WARPS_N < 4 ? 4 / WARPS_N : 1;  // threads that share one output's sum over warps,
 constexpr int TURNS = WARPS_N < 4 ? 1 : WARPS_N / 4;     // or sums that one thread makes, one after another
 constexpr int ADDENDS = WARPS_K / SPLITS;
 constexpr int PARTIAL = 256 + (SPLITS > 1 ? 32 / SPLITS : 0);  // floats of one warp's: a sum's readers differ in bank
 static_assert(WARPS_N * WARPS_K == WARPS, "WARPS_K must divide the warps");
+
+constexpr int HALF_STEP_BYTES = 4 * FRAGMENT_BYTES + 2 * START_BYTES;
+constexpr int PIECE_STEP_BYTES = PIECE_ROWS ? 2 * PIECE_GROUP_BYTES + PIECE_STARTS_BYTES : 0;
+constexpr int STAGED_BYTES = HALF_STEP_BYTES > PIECE_STEP_BYTES ? HALF_STEP_BYTES : PIECE_STEP_BYTES;  // of a step
 
 // A warp's way through the CTA's share: panel by panel and, inside a tile, pass by pass.
 struct Route {
@@ -61,10 +65,10 @@ struct Route {
 
 // The sums of the panels that a CTA keeps between passes.
 struct Kept {
-    float* sums;  // [CTAs, panels, WARPS_N, 2, 128]
+    float* sums;  // [CTAs, panels, WARPS_N, 2, column 8, row 16]
     int panels;
-    DEVICE float* of(int panel, int warp_n, int element) const {
-        return sums + (((long)blockIdx.x * panels + panel) * WARPS_N + warp_n) * 256 + element;
+    DEVICE float* of(int panel, int warp_n, int row, int column) const {
+        return sums + (((long)blockIdx.x * panels + panel) * WARPS_N + warp_n) * 256 + column * 16 + row;
     }
 };
 
@@ -73,7 +77,7 @@ struct Place {
     const Tile& tile;
     int panel, end;  // its first pair, and where the CTA's pairs of the tile end
     int kept;        // its number among the panels whose sums this CTA keeps between passes
-    bool is_first_pass, is_last_pass;
+    bool is_first_pass, is_last_pass, is_in_pieces;
 };
 
 // What becomes of a panel's sums.
@@ -81,24 +85,38 @@ struct Results {
     const Weights& weights;
     const Rows& rows;
     const Activations& x;
+    const Pieces& pieces;
     Output out;
     Kept between;
+
+    // A warp's sums of its steps of one pair, from the activations' form at hand.
+    DEVICE void multiply(Sums& acc, Stream<Route>& stream, const PairConstants& constants, const Place& place,
+                         Span span) const {
+        int rows = place.tile.rows, count = own_steps(span);
+        if constexpr (PIECE_ROWS > 0) {
+            if (place.is_in_pieces) return sweep<1>(acc, stream, constants, pieces.operands(my_warp_k(), rows), count);
+        }
+        sweep<1>(acc, stream, constants, x.operands(my_warp_k(), rows), count);
+    }
 
     // Writes element (g, t, c) of one pair's sums, or keeps it for the next pass.
     DEVICE void settle(const Place& place, int warp_n, int element, float first, float second) const {
         int pair = place.panel + warp_n;
-        int row = (element >> 4) + 8 * ((element >> 1) & 1), column = 2 * ((element >> 2) & 3) + (element & 1);
+        int row = (element >> 4) + 8 * ((element >> 1) & 1), t = (element >> 2) & 3;
+        int column = !place.is_in_pieces ? 2 * t + (element & 1) : element & 1 ? ROWS : t;
         if (column >= place.tile.rows || pair >= place.end) return;
-        float* kept = between.of(place.kept, warp_n, element);
+        float factor = place.is_in_pieces ? 1.f : x.inverse_row_scale(column);
+        first *= factor;
+        second *= factor;
+        float* kept = between.of(place.kept, warp_n, row, column);
         if (!place.is_first_pass) {
             first += kept[0];
             second += kept[128];
         }
         if (place.is_last_pass) {
             const float* scale = weights.super_scales + ((long)place.tile.expert * weights.pairs + pair) * 32 + row;
-            float factor = x.inverse_row_scale(column);
-            write(out, rows.share.routing.sorted, place.tile.first + column, pair, row, first * factor * scale[0],
-                  second * factor * scale[16]);
+            write(out, rows.share.routing.sorted, place.tile.first + column, pair, row, first * scale[0],
+                  second * scale[16]);
         } else {
             kept[0] = first;
             kept[128] = second;
@@ -173,8 +191,7 @@ DEVICE void run_alone(const Results& results, Stream<Route>& stream, Place place
     for (; place.panel + my_warp_n() < place.end; place.panel += WARPS_N, ++place.kept) {
         PairConstants::bring_near(weights, place.tile.expert, place.panel + WARPS_N + my_warp_n());
         Sums acc = {};
-        Operands x = results.x.operands(0, place.tile.rows);
-        sweep<1>(acc, stream, constants, x, own_steps(span));
+        results.multiply(acc, stream, constants, place, span);
         constants.load(weights, place.tile.expert, place.panel + WARPS_N + my_warp_n());
 #pragma unroll
         for (int i = 0; i < 4; ++i) results.settle(place, my_warp_n(), my_lane() * 4 + i, acc[0][0][i], acc[1][0][i]);
@@ -192,8 +209,7 @@ DEVICE void run_together(const Results& results, Stream<Route>& stream, Reductio
         is_live = panel < place.end;
         if (is_live) {
             PairConstants::bring_near(weights, place.tile.expert, panel + WARPS_N + my_warp_n());
-            Operands x = results.x.operands(my_warp_k(), place.tile.rows);
-            if (panel + my_warp_n() < place.end) sweep<1>(acc, stream, constants, x, own_steps(span));
+            if (panel + my_warp_n() < place.end) results.multiply(acc, stream, constants, place, span);
             constants.load(weights, place.tile.expert, panel + WARPS_N + my_warp_n());
         }
         if (!is_first) reduction.wait();
@@ -207,6 +223,12 @@ DEVICE void run_together(const Results& results, Stream<Route>& stream, Reductio
     }
 }
 
+// Whether the tile's activations now lie there in pieces; the same for all threads.
+DEVICE bool stage_pieces(const Results& results, const Tile& tile, Span span) {
+    if constexpr (PIECE_ROWS > 0) return tile.rows <= PIECE_ROWS && results.pieces.stage(results.rows, tile, span);
+    return false;
+}
+
 DEVICE void run_tile(const Results& results, Stream<Route>& stream, Activations& x, Reduction& reduction, int tile_index,
                      int pass, int passes) {
     const Share& share = results.rows.share;
@@ -214,10 +236,14 @@ DEVICE void run_tile(const Results& results, Stream<Route>& stream, Activations&
     Span span = pass_span(pass, stream.route.pass_steps, results.weights.steps);
     PairConstants::bring_near(results.weights, tile.expert, share.first_pair(tile_index) + my_warp_n());
     sync_block();
-    if (pass == 0) x.measure(results.rows, tile);
-    x.stage(results.rows, tile, span);
-    sync_block();
-    Place first = {tile, share.first_pair(tile_index), share.end_pair(tile_index), 0, pass == 0, pass + 1 == passes};
+    bool is_in_pieces = stage_pieces(results, tile, span);
+    if (!is_in_pieces) {
+        x.measure(results.rows, tile);
+        x.stage(results.rows, tile, span);
+        sync_block();
+    }
+    Place first = {tile, share.first_pair(tile_index), share.end_pair(tile_index), 0, pass == 0, pass + 1 == passes,
+                   is_in_pieces};
     if (WARPS_K == 1) {
         run_alone(results, stream, first, span);
     } else {
@@ -240,9 +266,12 @@ KERNEL(THREADS, 1) expert_projection(const u8* records, const Words4* channel_co
     Share& share = *(Share*)(space + 16);
     Reduction reduction = {(float*)(space + 64), put_by_all, 0};
     Activations activations;
-    activations.starts = (Floats4*)(reduction.partial + Reduction::SPACE);
-    activations.fragments = (Words4*)(activations.starts + pass_steps * 2 * 4);
-    activations.largest = (u32*)(activations.fragments + pass_steps * 4 * ROWS * 4);
+    u8* staged = (u8*)(reduction.partial + Reduction::SPACE);
+    Loss* losses = (Loss*)(staged + pass_steps * STAGED_BYTES);
+    Pieces pieces = {staged, staged + pass_steps * PIECE_STARTS_BYTES, losses};
+    activations.starts = (Floats4*)staged;
+    activations.fragments = (Words4*)(staged + pass_steps * 2 * START_BYTES);
+    activations.largest = (u32*)(losses + WARPS);
     SortedHere& sorted_here = *(SortedHere*)(activations.largest + ROWS);
 
     if (GATED) wait_for_earlier_kernels();
@@ -263,7 +292,7 @@ KERNEL(THREADS, 1) expert_projection(const u8* records, const Words4* channel_co
     Route route = {share, passes, pass_steps, steps};
     route.start();
     Stream<Route> stream = {weights, route, ring + my_lane() * 16, ring + 1024 + my_lane() * 4};
-    Results results = {weights, rows, activations, {values, expert_weights, out_channels}, {scratch, panels_kept}};
+    Results results = {weights, rows, activations, pieces, {values, expert_weights, out_channels}, {scratch, panels_kept}};
     stream.start();
     if (!GATED) wait_for_earlier_kernels();
     for (int tile = share.first_tile(); share.has_tile(tile); ++tile) {

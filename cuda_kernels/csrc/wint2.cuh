@@ -19,6 +19,10 @@
 // Two fields of four are in place; one shift brings the other two there. The bfloat mantissa has seven bits: there the
 // fields are brought one after another to 128 + 2·field. The factors (2, 16) divide the activations, the offsets
 // (1024 + 2·32, ...) leave through the accumulator's start value, so neither costs an instruction per weight.
+//
+// Bytes hold two fields a code, for they are six bits apart where bytes are eight:
+//
+//      Q<<1 & 0x3FFC = 4·field 3 | field 1 << 8      Q>>2 & 0x3FFC = 4·field 2 | field 0 << 8
 #pragma once
 #include "common.cuh"
 
@@ -65,10 +69,24 @@ DEVICE void fields(u32 q, u32& field3, u32& field2, u32& field1, u32& field0) {
 
 // How a pair's bytes become u; packing picks the cheapest that is exact for all of its channels.
 enum Arithmetic {
-    FLOATS = 0,    // a, b are the floats code_scale and code_zp + 1/2
-    INTEGERS = 1,  // 17 fraction bits: u in bits 17..31
-    SHORT = 2,     // 9 fraction bits, a of 16 bits: u in bits 9..23, byte selection and product in one instruction
+    FLOATS = 0,       // a, b are the floats code_scale and code_zp + 1/2; before it wraps, u is below 2^22
+    INTEGERS = 1,     // 17 fraction bits: u in bits 17..31
+    SHORT = 2,        // 9 fraction bits, a of 16 bits: u in bits 9..23, byte selection and product in one instruction
+    WIDE_FLOATS = 3,  // floats of any size
 };
+
+// How the upper or lower halves of two words become Q, and the bit of its halves at which u begins.
+template <Arithmetic kArithmetic>
+constexpr u32 BOTH_CODES = kArithmetic == FLOATS ? 0x5410 : kArithmetic == SHORT ? 0x6521 : 0x7632;
+template <Arithmetic kArithmetic>
+constexpr bool IS_FLOAT = kArithmetic == FLOATS || kArithmetic == WIDE_FLOATS;
+template <Arithmetic kArithmetic>
+constexpr int FIRST_BIT = kArithmetic == FLOATS ? 0 : 1;
+
+// Byte `index` (0..3) of a word as a float, by the multiplier's pipe: it is added to the mantissa of 2^23.
+DEVICE float byte_float(u32 word, int index) {
+    return bits_float(dot_bytes(word, 1u << 8 * index, 0x4B000000u)) - 0x1p23f;
+}
 
 template <Arithmetic kArithmetic>
 DEVICE u32 expand(u32 word, int byte, u32 a, u32 b) {
@@ -76,18 +94,34 @@ DEVICE u32 expand(u32 word, int byte, u32 a, u32 b) {
         u32 factor = byte % 2 ? a << 16 : a;
         return byte < 2 ? dot_low(factor, word, b) : dot_high(factor, word, b);
     }
-    u32 code = dot_bytes(word, 1u << 8 * byte, 0);  // the logic pipe, which could do it, is the bottleneck
-    if (kArithmetic == INTEGERS) return code * a + b;
-    float u = round_down(fused((float)(int)code, bits_float(a), bits_float(b)));
-    float wrapped = fused(-round_down(u * 0x1p-15f), 0x1p15f, u);
+    // Not by the logic pipe, which is the bottleneck.
+    if (kArithmetic == INTEGERS) return dot_bytes(word, 1u << 8 * byte, 0) * a + b;
+    float value = fused(byte_float(word, byte), bits_float(a), bits_float(b));
+    if (kArithmetic == FLOATS) return float_bits(add_down(value, 0x1.8p23f));  // u in bits 0..14 of the mantissa
+    float u = round_down(value), wrapped = fused(-round_down(u * 0x1p-15f), 0x1p15f, u);
     return (u32)to_int(wrapped) << 17;
 }
 
-// Codes 2·pair and 2·pair+1 of one row's word: eight weights in four registers.
+// Q of codes 2·pair and 2·pair+1 of one row's word.
+template <Arithmetic kArithmetic>
+DEVICE u32 expand_both(u32 word, int pair, u32 a, u32 b) {
+    u32 low = expand<kArithmetic>(word, 2 * pair, a, b), high = expand<kArithmetic>(word, 2 * pair + 1, a, b);
+    return prmt(low, high, BOTH_CODES<kArithmetic>);
+}
+
+// Those codes' eight weights in four registers.
 template <Arithmetic kArithmetic>
 DEVICE void expand_pair(u32 word, int pair, u32 a, u32 b, u32& field3, u32& field2, u32& field1, u32& field0) {
-    u32 low = expand<kArithmetic>(word, 2 * pair, a, b), high = expand<kArithmetic>(word, 2 * pair + 1, a, b);
-    fields(prmt(low, high, kArithmetic == SHORT ? 0x6521 : 0x7632), field3, field2, field1, field0);
+    u32 q = expand_both<kArithmetic>(word, pair, a, b);
+    fields(FIRST_BIT<kArithmetic> ? q : q << 1, field3, field2, field1, field0);
+}
+
+// The same in two, as bytes: fields 3 and 1, fields 2 and 0; fields 3 and 2 four times.
+template <Arithmetic kArithmetic>
+DEVICE void expand_bytes(u32 word, int pair, u32 a, u32 b, u32& odd, u32& even) {
+    u32 q = expand_both<kArithmetic>(word, pair, a, b);
+    odd = q << (2 - FIRST_BIT<kArithmetic>) & 0x3FFC3FFCu;
+    even = q >> (1 + FIRST_BIT<kArithmetic>) & 0x3FFC3FFCu;
 }
 
 // A fragments of mma number 2·pair (fields 3 and 2) and 2·pair+1 (fields 1 and 0) of one 64-group.
@@ -97,7 +131,9 @@ DEVICE void decode(u32 row, u32 row8, int pair, const Channels& channels, u32 (&
     expand_pair<kArithmetic>(row8, pair, channels.a[1], channels.b[1], first[1], first[3], second[1], second[3]);
 }
 
-// Byte `index` (0..3) of a word as a float, by the multiplier's pipe: it is added to the mantissa of 2^23.
-DEVICE float local_scale(u32 word, int index) {
-    return bits_float(dot_bytes(word, 1u << 8 * index, 0x4B000000u)) - 0x1p23f;
+// The A fragment of bytes, of both rows.
+template <Arithmetic kArithmetic>
+DEVICE void decode_bytes(u32 row, u32 row8, int pair, const Channels& channels, u32 (&a)[4]) {
+    expand_bytes<kArithmetic>(row, pair, channels.a[0], channels.b[0], a[0], a[2]);
+    expand_bytes<kArithmetic>(row8, pair, channels.a[1], channels.b[1], a[1], a[3]);
 }

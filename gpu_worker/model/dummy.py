@@ -19,6 +19,7 @@ from gpu_worker.model.stored_weight import Expected, Kind
 from gpu_worker.model.tensor_finder import PADDLE, TensorFinder
 
 _DEVIATION = 0.02  # of the weights
+_CODE_GRID = 128  # our quantizer's codes are multiples of 1/128, and its best ones lie where these do
 _WINT2_RMS = 163.0  # of a random level (18.5) times a random local scale (8.8)
 
 
@@ -88,9 +89,9 @@ def _fill(tensor: torch.Tensor, leaf: str, generator: torch.Generator) -> torch.
         case "super_scales":
             tensor.fill_(_DEVIATION / _WINT2_RMS)
         case "code_scale":
-            tensor.uniform_(100, 128, generator=generator)
+            tensor.random_(15474, 15487, generator=generator).div_(_CODE_GRID)  # 120.89 to 120.98
         case "code_zp":
-            tensor.uniform_(0, 100, generator=generator)
+            tensor.random_(300 * _CODE_GRID, 1400 * _CODE_GRID, generator=generator).div_(_CODE_GRID)
         case "norm.weight":
             tensor.fill_(1)
         case "e_score_correction_bias":

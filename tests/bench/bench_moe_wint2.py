@@ -1,12 +1,14 @@
 """The WINT2 expert op against its own limits, torch's bfloat and torch's int4, in one run.
 
 python -m tests.bench.bench_moe_wint2 [--model 300b,21b] [--tokens 1,8,64,4096] [--repeats 9] [--output FILE]
+                                      [--ops "wint2,wint2 half"]
 
 Each time is the median over replays of a CUDA graph that holds the op alone, after all of L2 was
 overwritten, and over three routings. GB/s counts the bytes of the experts that were used, in the op's own
 format; "copy" is the rate of a large device-to-device copy in the same run, read and written bytes counted.
 The rows for torch's come sorted for nothing: int4 is torch.ops.aten._weight_int4pack_mm, expert by expert, in
-groups of 128; bfloat is torch._grouped_mm. "wint4" is this project's own op for WINT4 experts.
+groups of 128; bfloat is torch._grouped_mm. "wint4" is this project's own op for WINT4 experts, "wint2 half"
+is "wint2" with activations in half precision where that takes int8 pieces.
 
 Without a GPU the op runs in the host emulator on a small shape, to show that the script and the kernels work.
 """
@@ -37,8 +39,11 @@ from tests.cuda_kernels.small_cases import Watched
 
 Int4Expert = tuple[tuple[Tensor, Tensor], ...]  # (packed codes, scales) of up and gate, of down
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024, 4096)
-MAX_INT4_TOKENS = 128
-BFLOAT = ("WINT2_BFLOAT", 1)
+OPS = "wint2", "wint2 any codes", "wint2 half", "wint2 bfloat", "wint4", "torch int4", "torch bfloat"
+MAX_INT4_TOKENS, MAX_DECODED_TOKENS = 128, 64
+# What the kernels are built with for activations in half precision, and for the method's own arithmetic.
+HALF = {"PIECES": 0}
+BFLOAT = HALF | {"WINT2_BFLOAT": 1}
 
 
 @dataclass(frozen=True)
@@ -93,9 +98,9 @@ class Contender:
 
 
 class WithMacros:
-    """A device whose expert kernels are built with further macros."""
+    """A device whose expert kernels are built with other macros."""
 
-    def __init__(self, device: Device, *macros: tuple[str, int]) -> None:
+    def __init__(self, device: Device, macros: dict[str, int]) -> None:
         self.num_multiprocessors, self.shared_bytes = device.num_multiprocessors, device.shared_bytes
         self.has_warpgroup_products = device.has_warpgroup_products
         self._device, self._macros = device, macros
@@ -112,7 +117,7 @@ class WithMacros:
         overlaps: bool = False,
     ) -> None:
         if variant.stem in ("moe_wint2", "expert_batch"):
-            variant = Variant(variant.stem, variant.defines + self._macros)
+            variant = Variant(variant.stem, tuple((dict(variant.defines) | self._macros).items()))
         self._device.launch(variant, kernel, grid, threads, shared_bytes, arguments, overlaps=overlaps)
 
 
@@ -128,10 +133,7 @@ def main() -> None:
     print(
         f"copy {machine.copy_bytes / 1e12:.2f} TB/s, bfloat product {machine.bfloat_flops / 1e12:.0f} TFLOP/s"
     )
-    layers = {
-        name: compare(SHAPES[name], name, arguments.tokens, arguments.repeats, machine)
-        for name in arguments.model
-    }
+    layers = {name: compare(SHAPES[name], name, arguments, machine) for name in arguments.model}
     save(arguments.output, asdict(machine) | {"layers": layers})
 
 
@@ -142,6 +144,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=lambda text: text.split(","), default=list(SHAPES))
     parser.add_argument("--tokens", type=lambda text: [int(n) for n in text.split(",")], default=list(TOKENS))
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--ops", type=lambda text: text.split(","), default=OPS, help=", ".join(OPS))
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     return parser.parse_args()
 
@@ -164,11 +167,11 @@ def measure_machine() -> Machine:
     return Machine(2 * block.numel() / copy, 2 * 8192**3 / product)
 
 
-def compare(
-    shape: Shape, name: str, tokens: Sequence[int], repeats: int, machine: Machine
-) -> list[dict[str, Any]]:
-    contenders = [*wint2_contenders(shape), wint4_contender(shape), int4_contender(shape)]
-    contenders.append(bfloat_contender(shape))
+def compare(shape: Shape, name: str, arguments: argparse.Namespace, machine: Machine) -> list[dict[str, Any]]:
+    tokens: list[int] = arguments.tokens
+    contenders = [contender for contender in wint2_contenders(shape) if contender.name in arguments.ops]
+    rivals_of = {"wint4": wint4_contender, "torch int4": int4_contender, "torch bfloat": bfloat_contender}
+    contenders += [prepare(shape) for name, prepare in rivals_of.items() if name in arguments.ops]
     build_ahead(shape, tokens)
     print(f"\nERNIE-4.5-{name.upper()}: {shape}")
     print(f"{'tokens':>6}  {'op':16}{'us':>9}{'GB/s':>7}{'% copy':>8}{'TFLOP/s':>9}{'% bf16':>8}", end="")
@@ -178,7 +181,7 @@ def compare(
         hidden = torch.randn(num_tokens, shape.hidden, device="cuda").bfloat16()
         routings = [make_routing(num_tokens, shape) for _ in range(3)]
         allowed = [contender for contender in contenders if num_tokens <= contender.max_tokens]
-        medians = [median_of(contender, hidden, routings, repeats) for contender in allowed]
+        medians = [median_of(contender, hidden, routings, arguments.repeats) for contender in allowed]
         rivals = {c.name: seconds for c, seconds in zip(allowed, medians, strict=True) if "torch" in c.name}
         for contender, seconds in zip(allowed, medians, strict=True):
             figures = row(contender, seconds, num_tokens, routings, shape)
@@ -196,7 +199,7 @@ def build_ahead(shape: Shape, tokens: Sequence[int]) -> None:
     for num_tokens in tokens:
         hidden = torch.empty(num_tokens, shape.hidden, device="cuda", dtype=torch.bfloat16)
         routed = (hidden, *make_routing(num_tokens, shape).tensors)
-        for target in (noted, WithMacros(noted, BFLOAT)):
+        for target in (noted, WithMacros(noted, HALF), WithMacros(noted, BFLOAT)):
             launch_moe_wint2(target, *routed, *packed)
         launch_moe_tiled(noted, *routed, up_gate, down)
     warm_up((variant for variant, _ in noted.launched), device_arch(torch.cuda.get_device_capability()))
@@ -258,17 +261,20 @@ def times(run: Callable[[], object], repeats: int) -> list[float]:
 
 
 def wint2_contenders(shape: Shape) -> list[Contender]:
-    """Codes on the grid of 1/128 take the short product; any other take 32-bit integers."""
+    """On the grid of 1/128 codes take the short product, others 32-bit integers, one in thousands floats."""
     device = cuda_device(0)
     grid, general = random_layer(shape, "grid"), random_layer(shape, "any")
     size = sum(packed_bytes(packed) for packed in grid) / shape.num_experts
     runs = (
         ("wint2", device, grid),
         ("wint2 any codes", device, general),
+        ("wint2 half", WithMacros(device, HALF), grid),
         ("wint2 bfloat", WithMacros(device, BFLOAT), grid),
     )
     return [
-        Contender(name, size, 64 if "bfloat" in name else 2**20, wint2_run(target, packed))
+        Contender(
+            name, size, MAX_DECODED_TOKENS if target is not device else 2**20, wint2_run(target, packed)
+        )
         for name, target, packed in runs
     ]
 

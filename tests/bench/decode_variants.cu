@@ -7,11 +7,7 @@
 //      1     int8, four rows: columns 0..3 of an mma have their upper pieces, 4..7 the lower ones
 //      2     int8, eight rows: an mma for the upper pieces, another for the lower ones
 //
-// Two fields of u, six bits apart, are two bytes of a half, which one AND cuts out for two codes at once:
-//
-//      Q, u in bits 1..15     Q<<1 & 0x3FFC = 4·field 3 | field 1 << 8      Q>>2 & 0x3FFC = 4·field 2 | field 0 << 8
-//
-// The four divides the activations before they are rounded, the fields' offset of 32 is the start value of each group's
+// Bytes hold fields 3 and 2 four times (wint2.cuh): the four divides the activations before they are rounded, the fields' offset of 32 is the start value of each group's
 // sum, and a group's integer sum times its local scale adds up in 32 bits: exact, in any order.
 #include "wint2.cuh"
 
@@ -24,42 +20,9 @@ constexpr int SETS = PIECES == 2 ? 2 : 1;          // mma's with operands of the
 using Sums = u32[SETS][4];  // the bits of floats, or int32
 
 #if PIECES > 0
-#ifdef WINT2_EMULATOR
-DEVICE void mma_bytes(u32 (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const u32 (&c)[4]) {
-    u32 in[10] = {a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]};
-    emulator::meet(in, 10, d, 4, [](emulator::Meeting& m) {
-        for (int out = 0; out < 128; ++out) {
-            int lane = out / 4, i = out % 4, column = lane % 4 * 2 + i % 2;
-            u32 sum = m.in[lane][6 + i];
-            for (int k = 0; k < 32; ++k) {
-                u32 weights = m.in[lane / 4 * 4 + k % 16 / 4][i / 2 + k / 16 * 2];
-                u32 values = m.in[column * 4 + k % 16 / 4][4 + k / 16];
-                sum += (u8)(weights >> k % 4 * 8) * (int)(signed char)(values >> k % 4 * 8);
-            }
-            m.out[lane][i] = sum;
-        }
-    });
-}
-#else
-DEVICE void mma_bytes(u32 (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const u32 (&c)[4]) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
-        : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
-}
-#endif
-
-// Eight weights of one row: bytes of fields 3 and 1 of two codes, then of fields 2 and 0.
-DEVICE void expand_bytes(u32 word, int pair, u32 a, u32 b, u32& odd, u32& even) {
-    u32 low = expand<kCodes>(word, 2 * pair, a, b), high = expand<kCodes>(word, 2 * pair + 1, a, b);
-    u32 q = prmt(low, high, kCodes == SHORT ? 0x6521 : 0x7632);
-    odd = q << 1 & 0x3FFC3FFCu;
-    even = q >> 2 & 0x3FFC3FFCu;
-}
-
 DEVICE void multiply_half(Sums& c, u32 row, u32 row8, int pair, const Channels& channels, u32 operands) {
     u32 a[4];
-    expand_bytes(row, pair, channels.a[0], channels.b[0], a[0], a[2]);
-    expand_bytes(row8, pair, channels.a[1], channels.b[1], a[1], a[3]);
+    decode_bytes<kCodes>(row, row8, pair, channels, a);
     if (PIECES == 1) {
         Words2 b = *(const Words2*)shared_bytes(operands);
         mma_bytes(c[0], a, b.x, b.y, c[0]);
@@ -87,7 +50,7 @@ DEVICE void multiply_half(Sums& c, u32 row, u32 row8, int pair, const Channels& 
 
 DEVICE void add_scaled(u32& sum, float scale, u32 c) { sum = float_bits(bits_float(sum) + scale * bits_float(c)); }
 template <int kIndex>
-DEVICE float scale_of(u32 word) { return local_scale(word >> kIndex % 2 * 4 & 0x0F0F0F0Fu, kIndex / 2); }
+DEVICE float scale_of(u32 word) { return byte_float(word >> kIndex % 2 * 4 & 0x0F0F0F0Fu, kIndex / 2); }
 #endif
 
 // One 64-group `h` of both tiles of a step.

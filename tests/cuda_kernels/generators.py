@@ -25,12 +25,16 @@ class Layer:
 
 
 def code_parameters(kind: str, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """code_scale and code_zp: any real numbers, on the grid of 1/128, or where no integers are exact."""
+    """code_scale and code_zp: any real numbers, on the grid of 1/128, or where no integers are exact.
+
+    Every other 32 of the extreme ones are a thousand times as large.
+    """
     match kind:
         case "grid":
             return torch.randint(64 * 128, 127 * 128, shape) / 128, torch.randint(0, 128000, shape) / 128
         case "extreme":
-            return torch.rand(shape) * 30000 - 15000, torch.rand(shape) * 60000 - 30000
+            size = 1000.0 ** (torch.arange(shape[-1]) // 32 % 2)
+            return size * (torch.rand(shape) * 30000 - 15000), torch.rand(shape) * 60000 - 30000
     return torch.rand(shape) * 64.5 + 64, torch.rand(shape) * 1000
 
 

@@ -12,7 +12,7 @@ from cuda_kernels.formats import layout
 from cuda_kernels.launch import cuda_device
 from cuda_kernels.packing import PackedWint2, unpack_local_scales
 from tests.cuda_kernels.emulator.emulator import Emulator
-from tests.cuda_kernels.generators import Layer, layer
+from tests.cuda_kernels.generators import Layer, layer, packed
 
 H100_SHARED_BYTES = 232448
 H100 = Emulator(Path(), num_multiprocessors=132, shared_bytes=H100_SHARED_BYTES)
@@ -42,7 +42,9 @@ def all_to_one_expert(layer: Layer) -> Layer:
 )
 def test_kernels_agree_with_the_oracle(case: Layer, shared_bytes: int, emulator: Emulator) -> None:
     emulator.shared_bytes = shared_bytes
-    assert error(op.launch_moe_wint2(emulator, *case.arguments), case) < 1e-3
+    assert (
+        error(op.launch_moe_wint2(emulator, *case.arguments), case) < 3e-3
+    )  # of which bf16 of h and y is most
 
 
 @pytest.mark.parametrize("kind", ["any", "grid", "extreme"])
@@ -81,7 +83,7 @@ def bfloat_method(case: Layer) -> torch.Tensor:
     out = torch.zeros(case.hidden.shape, dtype=torch.float64)
     for token, slot in torch.cartesian_prod(*map(torch.arange, case.expert_ids.shape)).tolist():
         expert = int(case.expert_ids[token, slot])
-        up_gate, down = (_bfloat_weights(packed, expert) for packed in (case.up_gate, case.down))
+        up_gate, down = (_bfloat_weights(weight, expert) for weight in (case.up_gate, case.down))
         x = torch.nn.functional.pad(case.hidden[token].double(), (0, up_gate.shape[0] - case.hidden.shape[1]))
         gate, up = (x @ up_gate.double()).bfloat16().chunk(2)
         h = (torch.nn.functional.silu(gate) * up).double()
@@ -98,15 +100,64 @@ def _bfloat_weights(packed: PackedWint2, expert: int) -> torch.Tensor:
     return (level * (local * supers).bfloat16().double()).bfloat16()
 
 
+@pytest.mark.parametrize("num_tokens", [3, 20])  # int8 pieces, half precision
 @pytest.mark.parametrize("spread", [0, 12])
-def test_error_is_no_larger_than_the_bfloat_method_s(spread: int, emulator: Emulator) -> None:
+def test_error_is_no_larger_than_the_bfloat_method_s(
+    num_tokens: int, spread: int, emulator: Emulator
+) -> None:
     """Also for activations of very different sizes, in a row and between rows, and for a row of zeros."""
-    case = layer(3, 4, 2, 256, 136, kind="grid")
+    case = layer(num_tokens, 3, 2, 256, 136, kind="grid")
     if spread:
         case.hidden.mul_(2.0 ** torch.randint(-spread, spread, case.hidden.shape))
         case.hidden[0, 0], case.hidden[1], case.hidden[2, 5] = 1e9, 0, 1e-30
     ours = op.launch_moe_wint2(emulator, *case.arguments)
     assert error(ours, case) <= error(bfloat_method(case), case)
+
+
+def projected(emulator: Emulator, down: PackedWint2, rows: torch.Tensor) -> torch.Tensor:
+    """Up to four rows by the first expert's down projection alone, float32."""
+    num_rows = rows.shape[0]
+    tiling = op._fit(2, 4, down.num_steps, emulator.shared_bytes)
+    assert tiling is not None
+    routed = op.route_rows(emulator, torch.zeros(num_rows, 1, dtype=torch.int32), 1, 4)
+    out, weights = torch.zeros(num_rows, down.num_columns), torch.ones(num_rows, 1)
+    op.project(emulator, down, tiling, routed, rows, out, weights)
+    return out.double()
+
+
+@pytest.mark.parametrize("outlier", [8, 40, 100, 1000])
+def test_weights_that_shun_outliers_see_no_larger_error(outlier: float, emulator: Emulator) -> None:
+    """What an outlier's presence does to the products of the others, beside bfloat without it."""
+    torch.manual_seed(0)
+    down = packed(1, 1024, 64, is_gated=False, kind="grid", k_order="natural")
+    rows = torch.randn(4, 1024).bfloat16()
+    shunned = torch.arange(1024) % 300 == 77  # in every third step
+    rows[:, shunned] = 0
+    bfloat = rows.double() @ _bfloat_weights(down, 0).double()
+    of_bfloat = (bfloat - rows.double() @ op.dequantize_packed(down, 0)).norm(dim=1)
+    rows[:, shunned] = outlier
+    ours = projected(emulator, down, rows) - rows.double() @ op.dequantize_packed(down, 0)
+    assert (ours.norm(dim=1) <= of_bfloat).all()
+
+
+def test_int8_pieces_are_taken_where_they_are_nearly_exact(emulator: Emulator) -> None:
+    """And halves for rows whose values are too different in size, or hold a NaN."""
+    torch.manual_seed(0)
+    down = packed(1, 1024, 64, is_gated=False, kind="grid", k_order="natural")
+    rows = torch.randn(4, 1024).bfloat16()
+    wanted = rows.double() @ op.dequantize_packed(down, 0)
+    found = (projected(emulator, down, rows) - wanted).norm() / wanted.norm()
+    assert 1e-5 < found < 1e-4
+    rows[0, ::128], rows[1, 3] = 1e4, torch.nan
+    wanted = rows.double() @ op.dequantize_packed(down, 0)
+    found = projected(emulator, down, rows)
+    assert found[1].isnan().all()
+    for row in (0, 2, 3):
+        assert (found[row] - wanted[row]).norm() < 1e-5 * wanted[row].norm()
+
+
+def test_a_tile_of_four_rows_goes_in_pieces_and_of_eight_in_halves() -> None:
+    assert [op.piece_rows(rows) for rows in (1, 2, 4, 8)] == [1, 2, 4, 4]
 
 
 def test_no_tokens() -> None:
@@ -170,7 +221,7 @@ def test_a_device_too_small_for_any_tile_is_named() -> None:
 def test_gpu_agrees_with_the_oracle(num_tokens: int, k_order: str) -> None:
     case = layer(num_tokens, 16, 4, 1088, 400, k_order=k_order)
     arguments = [argument.to("cuda") for argument in case.arguments]
-    assert error(op.launch_moe_wint2(cuda_device(0), *arguments).cpu(), case) < 1e-3
+    assert error(op.launch_moe_wint2(cuda_device(0), *arguments).cpu(), case) < 3e-3
 
 
 @pytest.mark.gpu

@@ -52,7 +52,7 @@ def test_the_arithmetic_is_the_cheapest_that_is_exact() -> None:
 
     assert kinds("grid") == {Arithmetic.SHORT}
     assert Arithmetic.INTEGERS in kinds("any")
-    assert Arithmetic.FLOATS in kinds("extreme")
+    assert kinds("extreme") == {Arithmetic.FLOATS, Arithmetic.WIDE_FLOATS}
 
 
 def test_searched_integers_are_exact_for_nearly_all_channels() -> None:

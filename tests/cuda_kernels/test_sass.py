@@ -5,6 +5,7 @@ with the 3.0 TB/s at which it copies: 2.5 instructions a weight if every slot we
 arithmetic (float code, scale in the weight, bfloat) takes 3.7 in such a loop.
 """
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -17,22 +18,31 @@ NAMES = {"LDL", "STL"}
 
 
 def inner_loops(stem: str, defines: dict[str, int], folder: Path) -> dict[tuple[int, str], float]:
-    """Instructions a weight of each loop over steps, by its columns of eight tokens and its arithmetic."""
+    """Instructions a weight of each loop over steps, by its columns of halves (0: int8) and its kind."""
     variant = Variant(stem, (("GATED", 1), ("STAGES", 3), *defines.items()))
     found = {}
     for loop in sass.loops(sass.disassemble(compile_cubin(variant, "sm_90a").code, folder)):
         count = sass.opcodes(loop)
-        if count["HMMA"] and not count["BAR"] and not count["BSSY"]:
+        if (count["HMMA"] or count["IMMA"]) and not count["BAR"] and not count["BSSY"]:
             weights = count["LDGSTS"] // COPIES_PER_STEP * WEIGHTS_PER_STEP
-            kind = "float" if count["FRND"] else "long" if count["IMAD"] > 0.25 * weights else "short"
-            found[count["HMMA"] * 8 // weights, kind] = len(loop) / weights
+            found[count["HMMA"] * 8 // weights, kind_of(count, weights)] = len(loop) / weights
     return found
+
+
+def kind_of(count: Counter[str], weights: int) -> str:
+    """By what a code, four weights, takes more than one: two multiplications, or a sum of floats."""
+    if count["FRND"]:
+        return "wide float"
+    if count["FADD"] > 0.3 * weights:
+        return "float"
+    multiplied = count["IMAD"] + count["IDP"]  # 5/16 are local scales or shifts
+    return "long" if multiplied > (0.7 if count["IMMA"] else 0.55) * weights else "short"
 
 
 @pytest.mark.parametrize("warps_k", [1, 8])
 @pytest.mark.parametrize(
     ("defines", "short_budget", "long_budget"),
-    [({}, 1.7, 1.95), ({"WINT2_BFLOAT": 1}, 1.95, 2.2)],
+    [({"PIECES": 4}, 1.7, 1.95), ({"PIECES": 0, "WINT2_BFLOAT": 1}, 1.95, 2.2)],
     ids=["half", "bfloat"],
 )
 def test_inner_loop_keeps_its_budget(
@@ -41,6 +51,11 @@ def test_inner_loop_keeps_its_budget(
     loops = inner_loops("moe_wint2", {"WARPS_K": warps_k, "ROWS": 8, **defines}, tmp_path)
     assert loops[1, "short"] <= short_budget
     assert loops[1, "long"] <= long_budget
+    if defines["PIECES"]:
+        assert loops[0, "short"] <= 1.5
+        assert loops[0, "long"] <= 1.75
+        assert loops[0, "float"] <= 2.35
+        assert loops[1, "float"] <= 2.8
 
 
 def test_sixteen_tokens_cost_a_quarter_more_than_eight(tmp_path: Path) -> None:
@@ -51,6 +66,7 @@ def test_sixteen_tokens_cost_a_quarter_more_than_eight(tmp_path: Path) -> None:
 
 
 def test_nothing_goes_to_local_memory(tmp_path: Path) -> None:
-    variant = Variant("moe_wint2", (("GATED", 0), ("WARPS_K", 4), ("ROWS", 8), ("STAGES", 3)))
+    defines = {"GATED": 0, "WARPS_K": 4, "ROWS": 8, "STAGES": 3, "PIECES": 4}
+    variant = Variant("moe_wint2", tuple(defines.items()))
     code = sass.disassemble(compile_cubin(variant, "sm_90a").code, tmp_path)
     assert not NAMES & sass.opcodes(code).keys()

@@ -6,10 +6,12 @@ from collections import Counter
 import pytest
 import torch
 
+from cuda_kernels.packing import SHORT_FRACTION_BITS, integer_constants
 from gpu_worker.engine.errors import EngineArgsError
 from gpu_worker.llm import LLM
 from gpu_worker.model.config_reader import read_model_config
-from gpu_worker.model.dummy import plan_dummy
+from gpu_worker.model.dummy import DummyFile, plan_dummy
+from gpu_worker.model.safetensors_file import StoredTensor
 from gpu_worker.sampling_params import SamplingParams
 from tests.tiny import CONFIG, QUANTIZATION_CONFIG, make_tiny_model
 
@@ -82,6 +84,16 @@ def test_dummy_weights_have_ordinary_magnitudes(tmp_path):
     for mlp in (plan.layers[1].mlp.experts[0], plan.layers[2].mlp.experts[3], plan.layers[0].mlp):
         assert 0.001 < mlp.up_gate.dense().float().std() < 0.2
     assert torch.equal(plan.final_norm.dense(), torch.ones(64, dtype=torch.bfloat16))
+
+
+def test_dummy_codes_lie_on_the_quantizer_s_grid(tmp_path):
+    file = DummyFile(tmp_path, torch.device("cpu"))
+    scale, zp = (
+        file.read(StoredTensor(f"up_gate_proj.{leaf}", file, torch.float32, (500,), 0))
+        for leaf in ("code_scale", "code_zp")
+    )
+    assert all(torch.equal(codes * 128, (codes * 128).round()) for codes in (scale, zp))
+    assert integer_constants(scale, zp, SHORT_FRACTION_BITS)[2].all()
 
 
 def test_an_unknown_load_format_is_refused(tmp_path):

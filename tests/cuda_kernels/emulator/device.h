@@ -305,6 +305,22 @@ DEVICE void mma_bfloat(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const f
     emulator::mma_m16n8k16(d, a, b0, b1, c, emulator::bfloat_to_float);
 }
 
+DEVICE void mma_bytes(u32 (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, const u32 (&c)[4]) {
+    u32 in[10] = {a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]};
+    emulator::meet(in, 10, d, 4, [](emulator::Meeting& m) {
+        for (int out = 0; out < 128; ++out) {
+            int lane = out / 4, i = out % 4, column = lane % 4 * 2 + i % 2;
+            u32 sum = m.in[lane][6 + i];
+            for (int k = 0; k < 32; ++k) {
+                u32 weights = m.in[lane / 4 * 4 + k % 16 / 4][i / 2 + k / 16 * 2];
+                u32 values = m.in[column * 4 + k % 16 / 4][4 + k / 16];
+                sum += (u8)(weights >> k % 4 * 8) * (int)(signed char)(values >> k % 4 * 8);
+            }
+            m.out[lane][i] = sum;
+        }
+    });
+}
+
 DEVICE int thread_index() { return emulator::cta.current; }
 DEVICE void sync_block() {
     auto& cta = emulator::cta;
@@ -383,5 +399,11 @@ DEVICE float inverse_root(float x) { return 1.f / std::sqrt(x); }
 DEVICE float fast_divide(float a, float b) { return a / b; }
 DEVICE float round_down(float x) { return std::floor(x); }
 DEVICE float fused(float a, float b, float c) { return std::fma(a, b, c); }
+DEVICE float add_down(float a, float b) {
+    double sum = (double)a + b;
+    float nearest = (float)sum;
+    return nearest > sum ? std::nextafter(nearest, -INFINITY) : nearest;
+}
 DEVICE int to_int(float x) { return (int)x; }
+DEVICE int nearest_int(float x) { return std::isnan(x) ? 0 : (int)std::nearbyint(std::clamp(x, -2e9f, 2e9f)); }
 DEVICE float larger(float a, float b) { return std::fmax(a, b); }
