@@ -16,13 +16,13 @@ PADDING_SLOT = -1
 def measure_activation_bytes(model: Decoder, config: EngineConfig) -> int:
     """Peak bytes of one step of `max_num_batched_tokens` tokens with every sequence sampled, on a GPU."""
     shape, limits, device = model.config, config.scheduler, config.device
-    kv_cache = KVCache(
-        shape.num_hidden_layers, 1, 1, shape.num_key_value_heads, shape.head_dim, config.cache.dtype, device
-    )
+    block_size = config.cache.block_size  # the served one: a kernel may not take another
+    heads = shape.num_key_value_heads, shape.head_dim
+    kv_cache = KVCache(shape.num_hidden_layers, 1, block_size, *heads, config.cache.dtype, device)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    batch = padding_batch(limits.max_num_batched_tokens, limits.max_num_seqs, device)
+    batch = padding_batch(limits.max_num_batched_tokens, limits.max_num_seqs, device, block_size)
     logits_SV = model.logits(model.forward(batch, kv_cache)[batch.sample_rows_S])
     logits_SV.clone().log_softmax(dim=-1)  # what the sampler takes at most: everybody wants logprobs
     torch.cuda.synchronize()
@@ -32,7 +32,7 @@ def measure_activation_bytes(model: Decoder, config: EngineConfig) -> int:
     return peak
 
 
-def padding_batch(num_tokens: int, num_sequences: int, device: torch.device) -> Batch:
+def padding_batch(num_tokens: int, num_sequences: int, device: torch.device, block_size: int = 1) -> Batch:
     """A batch of as many sequences, of about equal length, whose keys and values are stored nowhere."""
     bounds = torch.linspace(0, num_tokens, num_sequences + 1).round().int()
     lens = bounds.diff()
@@ -40,7 +40,9 @@ def padding_batch(num_tokens: int, num_sequences: int, device: torch.device) -> 
         input_ids_T=torch.zeros(num_tokens, dtype=torch.int64, device=device),
         positions_T=torch.zeros(num_tokens, dtype=torch.int64, device=device),
         slot_mapping_T=torch.full((num_tokens,), PADDING_SLOT, dtype=torch.int64, device=device),
-        block_tables_SM=torch.zeros((num_sequences, int(lens.max())), dtype=torch.int32, device=device),
+        block_tables_SM=torch.zeros(
+            (num_sequences, -(-int(lens.max()) // block_size)), dtype=torch.int32, device=device
+        ),
         cu_seqlens_q=bounds.to(device),
         context_lens_S=lens.to(device),
         max_query_len=int(lens.max()),
