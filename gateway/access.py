@@ -28,9 +28,12 @@ class Access:
 
     started: float = field(default_factory=time.perf_counter)
     num_prompt_tokens: int = 0
-    num_completion_tokens: int = 0
     first_token_at: float | None = None
     _tokens: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def num_completion_tokens(self) -> int:
+        return sum(self._tokens.values())
 
     def on_event(self, event: Event) -> None:
         """Counts an event on its way to the client."""
@@ -39,7 +42,6 @@ class Access:
             self.first_token_at = self.first_token_at or time.perf_counter()
         elif isinstance(event, Finished):
             self._tokens[event.index] = event.usage.completion_tokens
-        self.num_completion_tokens = sum(self._tokens.values())
 
     def log(self, what: str, outcome: str) -> None:
         """Writes the line; in JSON logs its figures are fields."""

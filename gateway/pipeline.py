@@ -33,7 +33,7 @@ JOINT_TOKENS = 8
 # Prompts that agree in so many tokens (two KV blocks) like the same worker.
 AFFINITY_TOKENS = 128
 SEEDS = 1 << 64
-SHORT_INTERVAL_MS = 20  # about a step of an engine: tokens come no faster
+SHORT_INTERVAL_MS = 30  # about a step of an engine: waiting so long gathers no more than one token
 
 
 class Pipeline:

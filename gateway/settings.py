@@ -49,7 +49,7 @@ class GatewaySettings(SchedulerFlags):
     max_body_bytes: int = Field(8 << 20, gt=0, description="largest body of an HTTP request, in bytes")
     max_choices: int = Field(128, gt=0, description="most completions of one request: prompts times n")
     max_deltas_per_second: float = Field(
-        4000.0, gt=0, description="messages from workers beyond which the tokens of a stream come in bursts"
+        2500.0, gt=0, description="messages from workers beyond which the tokens of a stream come in bursts"
     )
     api_key: StringList = Field(
         (), repr=False, description="key that clients must send as a bearer token; may be repeated"

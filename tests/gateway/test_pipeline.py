@@ -9,7 +9,8 @@ from tests.gateway.harness import Stack
 
 
 def test_many_streams_get_their_tokens_in_bursts() -> None:
-    assert delta_interval_ms(32, 2500) == 0
+    assert delta_interval_ms(64, 2500) == 0
+    assert delta_interval_ms(128, 2500) == 51
     assert delta_interval_ms(500, 2500) == 200
 
 
