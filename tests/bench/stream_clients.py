@@ -137,24 +137,25 @@ class _Http(asyncio.Protocol):
     def __init__(self, request: bytes) -> None:
         self._request = request
         self._arrivals: Arrivals = []
-        self._is_over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._is_over: asyncio.Future[None] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport: Any = transport  # uvloop's are no asyncio.Transport
 
     async def ask(self) -> Arrivals:
-        self._arrivals, self._is_over = [], asyncio.get_running_loop().create_future()
+        self._arrivals = []
+        self._is_over = is_over = asyncio.get_running_loop().create_future()
         self._transport.write(self._request)
-        await self._is_over
+        await is_over
         return self._arrivals
 
     def data_received(self, data: bytes) -> None:
         self._arrivals.append((time.monotonic(), data))
-        if data.endswith(b"0\r\n\r\n"):
+        if data.endswith(b"0\r\n\r\n") and self._is_over is not None:
             self._is_over.set_result(None)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if not self._is_over.done():
+        if self._is_over is not None and not self._is_over.done():
             self._is_over.set_exception(exc or ConnectionError("the gateway closed the connection"))
 
     def close(self) -> None:
