@@ -49,9 +49,10 @@ format: $(INSTALLED) ## put the sources into ruff's format
 protos: $(BIN)/python ## compile protos/**/*.proto beside their sources
 	$(BIN)/python setup.py --quiet build_protos
 
-demo: $(INSTALLED) ## build the demo model, start the stack in the background, answer a prompt
-	$(BIN)/python -m wint2.demo --output .demo
-	@deploy/demo.sh start $(BIN) .demo
+RECIPE := wint2
+demo: $(INSTALLED) ## build the demo model, start the stack, answer a prompt; RECIPE=faithful: 4-bit experts
+	$(BIN)/python -m wint2.demo --output .demo --recipe $(RECIPE)
+	@deploy/demo.sh start $(BIN) .demo $(RECIPE)
 
 stop: ## end the stack that `make demo` left running
 	@deploy/demo.sh stop $(BIN) .demo

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Starts or stops the demo stack in the background: `demo.sh start|stop BIN STATE`. State and log lie in STATE.
+# Starts or stops the demo stack in the background: `demo.sh start|stop BIN STATE [MODEL]`. State, log and the
+# MODEL's folder lie in STATE.
 set -euo pipefail
 action=$1 bin=$2 state=$3
 port=${PORT:-8180}
 url=http://127.0.0.1:$port
 pid_file=$state/serve.pid
 log=$state/serve.log
-model=$state/wint2
+model=$state/${4:-wint2}
 
 is_running() { [[ -s $pid_file ]] && kill -0 "$(<"$pid_file")" 2>/dev/null; }
 

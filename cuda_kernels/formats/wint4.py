@@ -14,8 +14,7 @@ from cuda_kernels.formats.layout import FormatError, check, check_rows, check_we
 MAX_LEVEL = 7
 _ROW_MULTIPLE = 64
 _CLIPS = tuple(part / 20 for part in range(10, 21))  # of the scale that clips nothing
-_FACTORS = (0.93, 1.0, 1.07)  # of the best clip by itself: which one feedback makes the most of
-_DESCENTS = 2  # passes of coordinate descent
+_DESCENTS = 1  # passes of coordinate descent
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,27 +42,13 @@ def quantize(weight: Tensor, *, hessian: Tensor | None = None) -> Wint4Weight:
     check("hessian", hessian, (weight.shape[0], weight.shape[0]), hessian.dtype)
     order = hessian.diagonal().argsort(descending=True, stable=True)
     rows, moment = weight.float()[order], damp(hessian.float())[order][:, order]
-    scale, levels = _begin(rows, _clip(rows, moment.diagonal()), moment)
+    scale = _clip(rows, moment.diagonal())
+    levels = _feed_back(rows, scale, feedback_couplings(moment, block=1).matrix)
     for _ in range(_DESCENTS):
         scale = _refit(rows, levels, scale, moment)
         levels = _descend(rows, levels, scale, moment)
     scale = _refit(rows, levels, scale, moment)
     return Wint4Weight(torch.empty_like(levels, dtype=torch.int8).index_copy_(0, order, levels.char()), scale)
-
-
-def _begin(rows: Tensor, clipped: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
-    """bf16 scales [N] near `clipped`, and the f32 levels [K, N] that feedback finds under them."""
-    coupling = feedback_couplings(hessian, block=1).matrix
-    scale, levels, least = clipped, torch.zeros_like(rows), torch.full_like(rows[0], torch.inf)
-    for factor in _FACTORS:
-        trial_scale = (clipped * factor).to(torch.bfloat16)
-        trial = _feed_back(rows, trial_scale, coupling)
-        error = rows - trial * trial_scale
-        cost = (error * (hessian @ error)).sum(dim=0)
-        wins = cost < least
-        scale, levels = torch.where(wins, trial_scale, scale), torch.where(wins, trial, levels)
-        least = torch.minimum(cost, least)
-    return scale, levels
 
 
 def _clip(rows: Tensor, importance: Tensor) -> Tensor:

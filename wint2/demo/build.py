@@ -1,6 +1,7 @@
-"""Builds the demo's two checkpoints, full precision and WINT2, each whole or not there at all."""
+"""Builds the demo's checkpoints, full precision and quantized, each whole or not there at all."""
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,24 +18,40 @@ from wint2.demo.importance import neuron_importance
 from wint2.demo.source import DenseModel, fetch
 from wint2.progress import OnProgress
 
-RECIPE = Recipe(wint4_end_layer=7, effort="fast")
-NUM_WINDOWS, NUM_HELD_OUT, WINDOW = 12, 2, 512
-_IMPORTANCE_WINDOWS = 4
+WINDOW = 512
+_WINDOWS, _IMPORTANCE_WINDOWS = 14, 4  # that the text is cut into, and that say which neurons matter
+HELD_OUT_TOKENS = 1024
 
 
-def build_demo(output: Path, cache: Path, on_progress: OnProgress) -> None:
-    """Make `output`/full and `output`/wint2 where they are missing."""
-    full, quantized = output / "full", output / "wint2"
+@dataclass(frozen=True)
+class DemoRecipe:
+    """How the demo is quantized, and on how many windows of calibration text, so long each."""
+
+    recipe: Recipe
+    num_windows: int
+    window: int
+
+
+# docs/performance.md says what each keeps of the original.
+RECIPES = {
+    "wint2": DemoRecipe(Recipe(wint4_end_layer=7, effort="fast"), 12, 512),
+    "faithful": DemoRecipe(Recipe(wint4_end_layer=29, effort="fast"), 256, 32),
+}
+
+
+def build_demo(output: Path, cache: Path, name: str, on_progress: OnProgress) -> None:
+    """Make `output`/full and `output`/`name`, one of RECIPES, where they are missing."""
+    full, quantized = output / "full", output / name
     if quantized.exists() and full.exists():
         return
     output.mkdir(parents=True, exist_ok=True)
     on_progress("fetching the source model", 0, 1)
     dense = DenseModel.open(fetch(cache))
-    calibration = _calibration(dense)
+    ids = tokenizer.build(dense.fields).encode(default_text()).ids
     if not full.exists():
-        build_full(dense, full, calibration, on_progress)
+        build_full(dense, full, windows(ids, _WINDOWS, WINDOW), on_progress)
     if not quantized.exists():
-        _quantize(full, quantized, calibration, on_progress)
+        _quantize(full, quantized, RECIPES[name], ids, on_progress)
 
 
 def build_full(dense: DenseModel, output: Path, calibration_ST: Tensor, on_progress: OnProgress) -> None:
@@ -63,12 +80,18 @@ def build_full(dense: DenseModel, output: Path, calibration_ST: Tensor, on_progr
     partial.rename(output)
 
 
-def _quantize(full: Path, output: Path, calibration_ST: Tensor, on_progress: OnProgress) -> None:
+def _quantize(
+    full: Path, output: Path, demo: DemoRecipe, token_ids: list[int], on_progress: OnProgress
+) -> None:
     source = Source(read_model_config(full), torch.device("cpu"))
-    fitted, held_out = calibration_ST.split([NUM_WINDOWS, NUM_HELD_OUT])
-    quantize_checkpoint(source, output, fitted, RECIPE, held_out, on_progress)
+    fitted, held_out = _drawn(token_ids, demo)
+    quantize_checkpoint(source, output, fitted, demo.recipe, held_out, on_progress)
 
 
-def _calibration(dense: DenseModel) -> Tensor:
-    ids = tokenizer.build(dense.fields).encode(default_text()).ids
-    return windows(ids, NUM_WINDOWS + NUM_HELD_OUT, WINDOW)
+def _drawn(token_ids: list[int], demo: DemoRecipe) -> tuple[Tensor, Tensor]:
+    """Windows from anywhere in the text: to fit, and to compare the result on."""
+    count = len(token_ids) // demo.window
+    whole_ST = torch.tensor(token_ids[: count * demo.window]).view(count, demo.window)
+    order = torch.randperm(len(whole_ST), generator=torch.Generator().manual_seed(0))
+    num_held_out = HELD_OUT_TOKENS // demo.window
+    return whole_ST[order[: demo.num_windows]], whole_ST[order[demo.num_windows :][:num_held_out]]
