@@ -17,7 +17,7 @@ from cuda_kernels.expert_gemm import GemmTiling, gemm_projection
 from tests.cuda_kernels.emulator.emulator import HERE, Emulator, EmulatorError
 from tests.cuda_kernels.generators import layer
 
-SANITIZER = ("-fsanitize=address", "-g")
+SANITIZER = ("-fsanitize=address",)
 PROGRAM = """
 import sys
 from pathlib import Path

@@ -40,22 +40,21 @@ def kind_of(count: Counter[str], weights: int) -> str:
 
 
 @pytest.mark.parametrize("warps_k", [1, 8])
-@pytest.mark.parametrize(
-    ("defines", "short_budget", "long_budget"),
-    [({"PIECES": 4}, 1.7, 1.95), ({"PIECES": 0, "WINT2_BFLOAT": 1}, 1.95, 2.2)],
-    ids=["half", "bfloat"],
-)
-def test_inner_loop_keeps_its_budget(
-    warps_k: int, defines: dict[str, int], short_budget: float, long_budget: float, tmp_path: Path
-) -> None:
-    loops = inner_loops("moe_wint2", {"WARPS_K": warps_k, "ROWS": 8, **defines}, tmp_path)
-    assert loops[1, "short"] <= short_budget
-    assert loops[1, "long"] <= long_budget
-    if defines["PIECES"]:
-        assert loops[0, "short"] <= 1.5
-        assert loops[0, "long"] <= 1.75
-        assert loops[0, "float"] <= 2.35
-        assert loops[1, "float"] <= 2.8
+def test_inner_loops_keep_their_budgets(warps_k: int, tmp_path: Path) -> None:
+    loops = inner_loops("moe_wint2", {"WARPS_K": warps_k, "ROWS": 8, "PIECES": 4}, tmp_path)
+    assert loops[0, "short"] <= 1.5
+    assert loops[0, "long"] <= 1.75
+    assert loops[0, "float"] <= 2.35
+    assert loops[1, "short"] <= 1.7
+    assert loops[1, "long"] <= 1.95
+    assert loops[1, "float"] <= 2.8
+
+
+def test_bfloat_keeps_its_budget(tmp_path: Path) -> None:
+    defines = {"WARPS_K": 1, "ROWS": 8, "PIECES": 0, "WINT2_BFLOAT": 1}
+    loops = inner_loops("moe_wint2", defines, tmp_path)
+    assert loops[1, "short"] <= 1.95
+    assert loops[1, "long"] <= 2.2
 
 
 def test_sixteen_tokens_cost_a_quarter_more_than_eight(tmp_path: Path) -> None:

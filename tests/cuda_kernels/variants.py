@@ -7,10 +7,10 @@ from cuda_kernels.moe_wint2 import projection_variants
 
 _DECODE = projection_variants()
 _GEMM = [variant for variant in gemm_variants() if ("GATED", 1) in variant.defines]
-HOPPER = tuple(variant for variant in _GEMM if ("TOKENS", 128) in variant.defines)
+# For the architecture that has instructions of its own for them, or is enough for the smallest tile.
+HOPPER = (_DECODE[0], *(variant for variant in _GEMM if ("TOKENS", 128) in variant.defines))
 REPRESENTATIVE = (
     Variant("routing"),
-    _DECODE[0],
     _DECODE[-1],
     *batch_variants(),
     *(variant for variant in _GEMM if ("TOKENS", 64) in variant.defines),
