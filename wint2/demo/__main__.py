@@ -19,9 +19,9 @@ def main(
     recipe: Annotated[
         Literal["wint2", "faithful"],
         typer.Option(
-            help="wint2: 2-bit experts in 22 of 30 layers; faithful: WINT4 in all, which keeps most."
+            help="faithful: 2-bit experts in 4 of 30 layers, WINT4 in the others; wint2: 2-bit in 22."
         ),
-    ] = "wint2",
+    ] = "faithful",
     cache: Annotated[
         Path | None, typer.Option(help="Where the download is kept [default: OUTPUT/cache].")
     ] = None,
