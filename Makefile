@@ -27,7 +27,7 @@ $(INSTALLED): pyproject.toml setup.py $(PROTOS) | $(BIN)/python
 	@touch $@
 
 test: lint ## ruff, mypy --strict, import rules, then every test that needs no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not demo" -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not demo" -n 3 --dist loadfile
 
 acceptance: acceptance-here acceptance-apart ## other people's programs against this one
 
