@@ -26,7 +26,8 @@ _WARPS, _THREADS = 16, 512
 _SLOT_BYTES = 1152  # of one warp's ring: one 128-step of a pair
 _STAGES = 3  # of the ring; more gain nothing
 _WARPS_K = 1, 2, 4, 8  # that may share a pair
-_PIECE_ROWS = 4  # an mma of int8 holds both pieces of so many
+_PIECE_ROWS = 4  # an mma of int8 holds both pieces of so many,
+_MAX_PIECE_ROWS = 3.5  # and tiles of so many are less work than tiles of eight up to this share of an expert used
 _PANEL_STEPS = 3  # what beginning and ending a panel takes, in steps
 _MAX_SORTED_HERE = 128  # routed rows that a projection sorts by itself
 
@@ -111,19 +112,26 @@ class Tiling:
         return _WARPS // self.warps_k
 
 
-def choose_tiling(num_tokens: int, num_experts: float, pairs: int, steps: int, device: Device) -> Tiling:
-    """The tiling for at most `num_tokens` rows in each of `num_experts` experts; P `pairs`, K/128 `steps`.
+def tile_rows(num_tokens: int, rows_per_expert: float) -> int:
+    """Rows of a token tile for `num_tokens`, of whose rows each expert that is used has `rows_per_expert`.
 
-    Rows: the smallest tile that holds one row a token, up to 8. Warps along K: of those that take the least
-    time the fewest. Passes: as few as let a tile's activations fit.
+    Up to four, the smallest that holds one row a token. An H200 took 0.8 of the time by tiles of four than by
+    tiles of eight at 16 tokens of the 300B model (2.2 rows), 0.9 at 24 (3.1), 1.09 at 32 (4.1).
     """
-    rows = next((n for n in (1, 2, 4) if num_tokens <= n), 8)
+    if rows_per_expert > _MAX_PIECE_ROWS:
+        return 8
+    return next((rows for rows in (1, 2) if num_tokens <= rows), _PIECE_ROWS)
+
+
+def choose_tiling(rows: int, num_tiles: float, pairs: int, steps: int, device: Device) -> Tiling:
+    """The tiling for `num_tiles` token tiles of up to `rows` rows; P `pairs`, K/128 `steps`.
+
+    Warps along K: of those that take the least time the fewest. Passes: as few as let a tile's activations fit.
+    """
     fitting = [tiling for warps_k in _WARPS_K if (tiling := _fit(warps_k, rows, steps, device.shared_bytes))]
     if not fitting:
         raise ValueError(f"{device.shared_bytes} bytes of shared memory hold no tile of {rows} rows")
-    return min(
-        fitting, key=lambda tiling: _time(tiling, num_experts, pairs, steps, device.num_multiprocessors)
-    )
+    return min(fitting, key=lambda tiling: _time(tiling, num_tiles, pairs, steps, device.num_multiprocessors))
 
 
 def _fit(warps_k: int, rows: int, steps: int, shared_limit: int) -> Tiling | None:
@@ -134,9 +142,9 @@ def _fit(warps_k: int, rows: int, steps: int, shared_limit: int) -> Tiling | Non
     return None
 
 
-def _time(tiling: Tiling, num_experts: float, pairs: int, steps: int, num_ctas: int) -> float:
+def _time(tiling: Tiling, num_tiles: float, pairs: int, steps: int, num_ctas: int) -> float:
     """Of the busiest CTA's panels, in steps of one warp."""
-    panels = math.ceil(num_experts * math.ceil(pairs / tiling.warps_n) / num_ctas)
+    panels = math.ceil(num_tiles * math.ceil(pairs / tiling.warps_n) / num_ctas)
     return panels * tiling.passes * (math.ceil(steps / tiling.passes / tiling.warps_k) + _PANEL_STEPS)
 
 
@@ -149,10 +157,10 @@ def experts_used(num_tokens: int, experts_per_token: int, num_experts: int) -> f
 def piece_rows(tile_rows: int) -> int:
     """Up to how many rows a token tile is multiplied as int8 pieces (csrc/expert_pieces.cuh); 0: none is.
 
-    Four rows fill an mma of int8. In such a loop by itself (bench_decode_variants.py, an H200) that was 1.4
-    times as fast as half precision; more rows take two mma, and by their instructions gain nothing.
+    Four rows fill an mma of int8; more take two, and by their instructions gain nothing. Tiles of eight are all
+    taken in half precision, those that happen to be less full as well: the others would be waited for.
     """
-    return min(tile_rows, _PIECE_ROWS)
+    return tile_rows if tile_rows <= _PIECE_ROWS else 0
 
 
 def _shared_bytes(warps_k: int, rows: int, steps: int) -> int:
@@ -225,8 +233,10 @@ def _choose_path(num_tokens: int, rows_per_expert: float, shared_limit: int) -> 
 def _launch_few(of: _Layer) -> None:
     num_tokens, experts_per_token = of.ids_TA.shape
     used = experts_used(num_tokens, experts_per_token, of.up_gate.num_experts)
+    rows = tile_rows(num_tokens, of.ids_TA.numel() / used)
+    tiles = max(used, of.ids_TA.numel() / rows)
     tiling, down_tiling = (
-        choose_tiling(num_tokens, used, packed.num_pairs, packed.num_steps, of.device)
+        choose_tiling(rows, tiles, packed.num_pairs, packed.num_steps, of.device)
         for packed in (of.up_gate, of.down)
     )
     routed = route_rows(of.device, of.ids_TA, of.up_gate.num_experts, tiling.rows)

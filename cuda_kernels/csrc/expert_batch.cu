@@ -134,8 +134,8 @@ DEVICE Place& my_place() { return the_ring().places[thread_index()]; }
 
 // Two outputs of a row: h of one gate and up, or two of y's, 16 channels apart.
 DEVICE void write(const Output& out, const Target& target, int pair, int row, float first, float second) {
-    first *= target.factor;
-    second *= target.factor;
+    first = true_size(first) * target.factor;
+    second = true_size(second) * target.factor;
     long place = (long)target.row * out.channels;
     int channel = pair * (GATED ? 16 : 32) + row;
     if (GATED) {

@@ -23,7 +23,8 @@ struct Operands {
     }
 };
 
-// acc += (both tiles' weights of one 128-step) · (the activations of the token tile's columns kFirst..kEnd-1).
+// acc += (both tiles' weights of one 128-step) · (the activations of the token tile's columns kFirst..kEnd-1), in units of
+// scale_float's.
 template <Arithmetic kArithmetic, int kFirst, int kEnd>
 DEVICE void multiply(Sums& acc, const Words4 (&codes)[2], u32 scales, const Channels (&channels)[2],
                      const Operands& x) {
@@ -53,7 +54,7 @@ DEVICE void multiply(Sums& acc, const Words4 (&codes)[2], u32 scales, const Chan
                     mma(c[n], second, b[n][pair].z, b[n][pair].w, c[n]);
                 }
             }
-            float scale = byte_float(scales_g, 2 * i + h), scale8 = byte_float(scales_g8, 2 * i + h);
+            float scale = scale_float(scales_g, 2 * i + h), scale8 = scale_float(scales_g8, 2 * i + h);
 #pragma unroll
             for (int n = kFirst; n < kEnd; ++n) {
                 acc[i][n][0] += scale * c[n][0];

@@ -105,9 +105,11 @@ struct Results {
         int row = (element >> 4) + 8 * ((element >> 1) & 1), t = (element >> 2) & 3;
         int column = !place.is_in_pieces ? 2 * t + (element & 1) : element & 1 ? ROWS : t;
         if (column >= place.tile.rows || pair >= place.end) return;
-        float factor = place.is_in_pieces ? 1.f : x.inverse_row_scale(column);
-        first *= factor;
-        second *= factor;
+        if (!place.is_in_pieces) {
+            float factor = x.inverse_row_scale(column);
+            first = true_size(first) * factor;
+            second = true_size(second) * factor;
+        }
         float* kept = between.of(place.kept, warp_n, row, column);
         if (!place.is_first_pass) {
             first += kept[0];

@@ -88,6 +88,21 @@ DEVICE float byte_float(u32 word, int index) {
     return bits_float(dot_bytes(word, 1u << 8 * index, 0x4B000000u)) - 0x1p23f;
 }
 
+// A local scale as a float that sums are multiplied with, and what makes such sums their true size.
+#ifdef WINT2_BFLOAT
+DEVICE float scale_float(u32 word, int index) { return byte_float(word, index); }
+DEVICE float true_size(float sum) { return sum; }
+#else
+// 2^-134 of it, in one instruction: shifted into a mantissa without an exponent, where it is a denormal. Sums of products
+// as small keep a float's precision down to 2^-126 and are exact to 2^-149; a 64-group's is around 2^-115, for
+// activations are scaled to 2^14.
+DEVICE float scale_float(u32 word, int index) {
+    u32 factor = index % 2 ? 0x80000000u : 0x8000u;
+    return bits_float(index < 2 ? dot_low(factor, word, 0) : dot_high(factor, word, 0));
+}
+DEVICE float true_size(float sum) { return sum * 0x1p67f * 0x1p67f; }
+#endif
+
 template <Arithmetic kArithmetic>
 DEVICE u32 expand(u32 word, int byte, u32 a, u32 b) {
     if (kArithmetic == SHORT) {

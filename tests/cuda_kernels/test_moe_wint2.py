@@ -156,8 +156,15 @@ def test_int8_pieces_are_taken_where_they_are_nearly_exact(emulator: Emulator) -
         assert (found[row] - wanted[row]).norm() < 1e-5 * wanted[row].norm()
 
 
-def test_a_tile_of_four_rows_goes_in_pieces_and_of_eight_in_halves() -> None:
-    assert [op.piece_rows(rows) for rows in (1, 2, 4, 8)] == [1, 2, 4, 4]
+def test_tiles_of_four_rows_go_in_pieces_and_of_eight_in_halves() -> None:
+    assert [op.piece_rows(rows) for rows in (1, 2, 4, 8)] == [1, 2, 4, 0]
+
+
+def test_tiles_are_as_full_as_an_expert_s_share_of_the_rows() -> None:
+    """Of the 300B model: eight of 64 experts a token."""
+    shares = {tokens: 8 * tokens / op.experts_used(tokens, 8, 64) for tokens in (1, 2, 3, 8, 24, 32)}
+    rows = {tokens: op.tile_rows(tokens, share) for tokens, share in shares.items()}
+    assert rows == {1: 1, 2: 2, 3: 4, 8: 4, 24: 4, 32: 8}
 
 
 def test_no_tokens() -> None:
@@ -174,12 +181,12 @@ def test_wrong_sizes_are_named() -> None:
         op.moe_wint2(*case.arguments[:4], layer(2, 2, 1, 128, 256).down)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 2, 3, 8, 9, 64])
+@pytest.mark.parametrize("rows", [1, 2, 4, 8])
 @pytest.mark.parametrize("num_steps", [1, 5, 28, 64, 224])
-def test_tilings_fit_and_hold_the_tokens(num_tokens: int, num_steps: int) -> None:
-    tiling = op.choose_tiling(num_tokens, 8, 448, num_steps, H100)
+def test_tilings_fit_and_hold_the_rows(rows: int, num_steps: int) -> None:
+    tiling = op.choose_tiling(rows, 8, 448, num_steps, H100)
     assert tiling.shared_bytes <= H100_SHARED_BYTES
-    assert tiling.rows >= min(num_tokens, 8)
+    assert tiling.rows == rows
     assert 1 <= tiling.passes <= num_steps
     assert tiling.warps_n * tiling.warps_k == 16
 
