@@ -26,8 +26,8 @@ _WARPS, _THREADS = 16, 512
 _SLOT_BYTES = 1152  # of one warp's ring: one 128-step of a pair
 _STAGES = 3  # of the ring; more gain nothing
 _WARPS_K = 1, 2, 4, 8  # that may share a pair
-_PIECE_ROWS = 4  # an mma of int8 holds both pieces of so many,
-_MAX_PIECE_ROWS = 3.5  # and tiles of so many are less work than tiles of eight up to this share of an expert used
+_PIECE_ROWS = 4  # an mma of int8 holds both pieces of so many
+_MAX_PIECE_ROWS = 3.5  # an expert, on average, up to which tiles of so many are less work than tiles of eight
 _PANEL_STEPS = 3  # what beginning and ending a panel takes, in steps
 _MAX_SORTED_HERE = 128  # routed rows that a projection sorts by itself
 
@@ -126,7 +126,8 @@ def tile_rows(num_tokens: int, rows_per_expert: float) -> int:
 def choose_tiling(rows: int, num_tiles: float, pairs: int, steps: int, device: Device) -> Tiling:
     """The tiling for `num_tiles` token tiles of up to `rows` rows; P `pairs`, K/128 `steps`.
 
-    Warps along K: of those that take the least time the fewest. Passes: as few as let a tile's activations fit.
+    Warps along K: of those that take the least time the fewest. Passes: as few as let a tile's activations
+    fit.
     """
     fitting = [tiling for warps_k in _WARPS_K if (tiling := _fit(warps_k, rows, steps, device.shared_bytes))]
     if not fitting:
@@ -157,8 +158,8 @@ def experts_used(num_tokens: int, experts_per_token: int, num_experts: int) -> f
 def piece_rows(tile_rows: int) -> int:
     """Up to how many rows a token tile is multiplied as int8 pieces (csrc/expert_pieces.cuh); 0: none is.
 
-    Four rows fill an mma of int8; more take two, and by their instructions gain nothing. Tiles of eight are all
-    taken in half precision, those that happen to be less full as well: the others would be waited for.
+    Four rows fill an mma of int8; more take two, and by their instructions gain nothing. Tiles of eight are
+    all taken in half precision, those that happen to be less full as well: the others would be waited for.
     """
     return tile_rows if tile_rows <= _PIECE_ROWS else 0
 
