@@ -24,7 +24,6 @@ MAX_FEW_ROWS, MAX_SEVERAL_ROWS, MAX_FEW_TOKENS = 4, 24, 8
 
 _WARPS, _THREADS = 16, 512
 _SLOT_BYTES = 1152  # of one warp's ring: one 128-step of a pair
-_STAGES = 3  # of the ring; more gain nothing
 _WARPS_K = 1, 2, 4, 8  # that may share a pair
 _PIECE_ROWS = 4  # an mma of int8 holds both pieces of so many
 _MAX_PIECE_ROWS = 3.5  # an expert, on average, up to which tiles of so many are less work than tiles of eight
@@ -164,8 +163,13 @@ def piece_rows(tile_rows: int) -> int:
     return tile_rows if tile_rows <= _PIECE_ROWS else 0
 
 
+def _stages(rows: int) -> int:
+    """Of a warp's ring: a fourth is worth 1.5 % at one token; eight rows leave no room for it."""
+    return 4 if rows <= _PIECE_ROWS else 3
+
+
 def _shared_bytes(warps_k: int, rows: int, steps: int) -> int:
-    rings = _WARPS * _STAGES * _SLOT_BYTES
+    rings = _WARPS * _stages(rows) * _SLOT_BYTES
     padding = 128 // warps_k if warps_k > 4 else 0
     partials = 2 * _WARPS * (256 + padding) * 4 if warps_k > 1 else 2 * _MAX_SORTED_HERE * 4
     activations = steps * max(128 + 256 * rows, 144 + 256 * piece_rows(rows)) + _WARPS * 8 + rows * 4
@@ -184,7 +188,7 @@ def moe_wint2_variants() -> list[Variant]:
 
 
 def _variant(is_gated: bool, warps_k: int, rows: int) -> Variant:
-    defines = {"GATED": int(is_gated), "WARPS_K": warps_k, "ROWS": rows, "STAGES": _STAGES}
+    defines = {"GATED": int(is_gated), "WARPS_K": warps_k, "ROWS": rows, "STAGES": _stages(rows)}
     defines["PIECES"] = piece_rows(rows)
     return Variant("moe_wint2", tuple(defines.items()))
 
@@ -219,8 +223,8 @@ def launch_moe_wint2(
     run(_Layer(device, hidden_TD, ids_TA, weights_TA, up_gate, down, h_RF, y_RD))
     out_TD = torch.empty_like(hidden_TD)
     combine: list[Argument] = [y_RD, out_TD, width, ids_TA.shape[1]]
-    grid = hidden_TD.shape[0], -(-width // 1024)
-    device.launch(Variant("routing"), "combine", grid, 256, 0, combine, overlaps=True)
+    grid = hidden_TD.shape[0], -(-width // 512)
+    device.launch(Variant("routing"), "combine", grid, 128, 0, combine, overlaps=True)
     return out_TD
 
 

@@ -141,7 +141,7 @@ def launch_moe_tiled(
         _launch(device, weight, kind, token_tiles, len(tiles), x, rows, y, weights_TA)
     combine: list[Argument] = [y_RD, out_TD, width, activated]
     device.launch(
-        Variant("routing"), "combine", (num_tokens, -(-width // 1024)), 256, 0, combine, overlaps=True
+        Variant("routing"), "combine", (num_tokens, -(-width // 512)), 128, 0, combine, overlaps=True
     )
     return out_TD
 

@@ -264,8 +264,8 @@ DEVICE float round_down(float x) { return floorf(x); }
 DEVICE float fused(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE float add_down(float a, float b) { return __fadd_rd(a, b); }  // rounded towards minus infinity
 DEVICE int to_int(float x) { return __float2int_rz(x); }
-DEVICE int nearest_int(float x) { return __float2int_rn(x); }
 DEVICE float larger(float a, float b) { return fmaxf(a, b); }  // of a NaN and a number the number
+DEVICE float smaller(float a, float b) { return fminf(a, b); }
 #endif
 
 DEVICE float bfloat_float(u16 x) { return bits_float((u32)x << 16); }

@@ -84,6 +84,7 @@ struct Loss {
 
 // One lane's sixteen values of one row in one 64-group, as multiples of its step's unit.
 struct Quantizer {
+    static constexpr float WHOLE = 0x1.8p23f;  // what is added to it loses its fraction, and stands in its last bits
     float unit, inverse, outlier;  // `outlier`: a square above it is one's
     int sum, upper_sum;            // of the multiples as the weights meet them: fields 3 and 2 come four times
 
@@ -95,8 +96,9 @@ struct Quantizer {
     }
 
     DEVICE u32 round(float value, int times, Loss& loss) {
-        int whole = smaller(nearest_int(value * inverse / times), 127 * 256 + 127);
-        loss.add(value, (float)(whole * times) * unit, outlier);
+        float shifted = smaller(value * inverse / times, 127 * 256.f + 127.f) + WHOLE;
+        int whole = (int)(float_bits(shifted) - float_bits(WHOLE));
+        loss.add(value, (shifted - WHOLE) * times * unit, outlier);
         sum += whole * times;
         upper_sum += (whole + 128 >> 8) * times;
         return (u32)whole;
@@ -140,16 +142,16 @@ struct Pieces {
 
     // Equally many warps take each row, 4 steps at once; false, for all threads, if a row loses too much.
     DEVICE bool stage(const Rows& rows, const Tile& tile, Span span) const {
-        int warps = WARPS / tile.rows, row = my_warp() / warps;
+        int count = ROWS == 1 ? 1 : tile.rows, warps = WARPS / count, row = my_warp() / warps;
         Loss loss = {};
-        for (int base = my_warp() % warps * 4; base < span.end - span.begin && row < tile.rows; base += warps * 4) {
+        for (int base = my_warp() % warps * 4; base < span.end - span.begin && row < count; base += warps * 4) {
             stage_lane(rows, rows.source(tile.first + row), span, base + my_lane() / 8, row, loss);
         }
 #pragma unroll
         for (int lanes = 1; lanes < 32; lanes *= 2) loss.add({shuffle_xor(loss.lost, lanes), shuffle_xor(loss.of, lanes)});
         if (my_lane() == 0) losses[my_warp()] = loss;
         sync_block();
-        return are_allowed(tile.rows, warps);
+        return are_allowed(count, warps);
     }
 
     DEVICE bool are_allowed(int rows, int warps) const {

@@ -107,8 +107,9 @@ KERNEL(THREADS, 1) dispatch(const int* expert_ids, int num_routed, int num_exper
 }
 
 // out[token] = bfloat of the sum of its experts' rows, in slot order; the rows come weighted.
-KERNEL(256, 4) combine(const float* rows, u16* out, int channels, int experts_per_token) {
-    int channel = (blockIdx.y * 256 + threadIdx.x) * 4;
+// Its blocks are small enough for the registers that the projection before it leaves, and wait in place.
+KERNEL(128, 8) combine(const float* rows, u16* out, int channels, int experts_per_token) {
+    int channel = (blockIdx.y * 128 + threadIdx.x) * 4;
     if (channel >= channels) return;
     wait_for_earlier_kernels();
     const float* row = rows + (long)blockIdx.x * experts_per_token * channels + channel;

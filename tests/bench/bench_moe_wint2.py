@@ -3,9 +3,11 @@
 python -m tests.bench.bench_moe_wint2 [--model 300b,21b] [--tokens 1,8,64,4096] [--repeats 9] [--output FILE]
                                       [--ops "wint2,wint2 half"]
 
-Each time is the median over replays of a CUDA graph that holds the op alone, after all of L2 was
-overwritten, and over three routings. GB/s counts the bytes of the experts that were used, in the op's own
-format; "copy" is the rate of a large device-to-device copy in the same run, read and written bytes counted.
+A time is that of one call of several in a row, which make up a CUDA graph as layers make up a step: each has
+a routing of its own, and its weights are not the ones of the call before, so that L2 holds none of them. The
+median over replays, all of L2 overwritten before each. GB/s counts the bytes of the experts that were used,
+in the op's own format; "copy" is the rate of a large device-to-device copy in the same run, read and written
+bytes counted.
 The rows for torch's come sorted for nothing: int4 is torch.ops.aten._weight_int4pack_mm, expert by expert, in
 groups of 128; bfloat is torch._grouped_mm. "wint4" is this project's own op for WINT4 experts, "wint2 half"
 is "wint2" with activations in half precision where that takes int8 pieces.
@@ -20,6 +22,8 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +45,8 @@ Int4Expert = tuple[tuple[Tensor, Tensor], ...]  # (packed codes, scales) of up a
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 1024, 4096)
 OPS = "wint2", "wint2 any codes", "wint2 half", "wint2 bfloat", "wint4", "torch int4", "torch bfloat"
 MAX_INT4_TOKENS, MAX_DECODED_TOKENS = 128, 64
+LAYERS = 2  # of weights, which calls take in turn
+MANY_CALLS, FEW_CALLS, MAX_TOKENS_OF_MANY = 8, 4, 128  # in a row, by the number of tokens
 # What the kernels are built with for activations in half precision, and for the method's own arithmetic.
 HALF = {"PIECES": 0}
 BFLOAT = HALF | {"WINT2_BFLOAT": 1}
@@ -87,6 +93,9 @@ class Routing:
         return self.ids_TA.unique().tolist()
 
 
+Prepare = Callable[[Tensor, Routing], Callable[[], object]]
+
+
 @dataclass(frozen=True)
 class Contender:
     """A way to compute the layer: `prepare(hidden, routing)` gives what is timed."""
@@ -94,7 +103,7 @@ class Contender:
     name: str
     bytes_per_expert: float
     max_tokens: int
-    prepare: Callable[[Tensor, Routing], Callable[[], object]]
+    prepare: Prepare
 
 
 class WithMacros:
@@ -179,9 +188,10 @@ def compare(shape: Shape, name: str, arguments: argparse.Namespace, machine: Mac
     found = []
     for num_tokens in tokens:
         hidden = torch.randn(num_tokens, shape.hidden, device="cuda").bfloat16()
-        routings = [make_routing(num_tokens, shape) for _ in range(3)]
+        calls = MANY_CALLS if num_tokens <= MAX_TOKENS_OF_MANY else FEW_CALLS
+        routings = [make_routing(num_tokens, shape) for _ in range(calls)]
         allowed = [contender for contender in contenders if num_tokens <= contender.max_tokens]
-        medians = [median_of(contender, hidden, routings, arguments.repeats) for contender in allowed]
+        medians = [seconds_of(contender, hidden, routings, arguments.repeats) for contender in allowed]
         rivals = {c.name: seconds for c, seconds in zip(allowed, medians, strict=True) if "torch" in c.name}
         for contender, seconds in zip(allowed, medians, strict=True):
             figures = row(contender, seconds, num_tokens, routings, shape)
@@ -232,21 +242,20 @@ def make_routing(num_tokens: int, shape: Shape) -> Routing:
     return Routing(ids, torch.rand(num_tokens, shape.experts_per_token, device="cuda"))
 
 
-def median_of(contender: Contender, hidden: Tensor, routings: list[Routing], repeats: int) -> float:
-    found = []
-    for routing in routings:
-        run = contender.prepare(hidden, routing)
+def seconds_of(contender: Contender, hidden: Tensor, routings: list[Routing], repeats: int) -> float:
+    runs = [contender.prepare(hidden, routing) for routing in routings]
+    for run in runs:
         run()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for run in runs:
             run()
-        found.append(statistics.median(times(graph.replay, repeats)))
-    return statistics.median(found)
+    return statistics.median(times(graph.replay, repeats)) / len(runs)
 
 
 def times(run: Callable[[], object], repeats: int) -> list[float]:
-    """Seconds of each call, L2 overwritten before it."""
+    """Seconds of each run, L2 overwritten before it."""
     waste = torch.empty(2**26, dtype=torch.int32, device="cuda")
     found = []
     for value in range(repeats):
@@ -263,8 +272,8 @@ def times(run: Callable[[], object], repeats: int) -> list[float]:
 def wint2_contenders(shape: Shape) -> list[Contender]:
     """On the grid of 1/128 codes take the short product, others 32-bit integers, one in thousands floats."""
     device = cuda_device(0)
-    grid, general = random_layer(shape, "grid"), random_layer(shape, "any")
-    size = sum(packed_bytes(packed) for packed in grid) / shape.num_experts
+    grid, general = ([random_layer(shape, kind) for _ in range(LAYERS)] for kind in ("grid", "any"))
+    size = sum(packed_bytes(packed) for packed in grid[0]) / shape.num_experts
     runs = (
         ("wint2", device, grid),
         ("wint2 any codes", device, general),
@@ -273,15 +282,22 @@ def wint2_contenders(shape: Shape) -> list[Contender]:
     )
     return [
         Contender(
-            name, size, MAX_DECODED_TOKENS if target is not device else 2**20, wint2_run(target, packed)
+            name,
+            size,
+            MAX_DECODED_TOKENS if target is not device else 2**20,
+            in_turn([wint2_run(target, packed) for packed in layers]),
         )
-        for name, target, packed in runs
+        for name, target, layers in runs
     ]
 
 
-def wint2_run(
-    device: Device, packed: tuple[PackedWint2, PackedWint2]
-) -> Callable[[Tensor, Routing], Callable[[], object]]:
+def in_turn(ways: list[Prepare]) -> Prepare:
+    """A call after another by the next of `ways`."""
+    turns = cycle(ways)
+    return lambda hidden, routing: next(turns)(hidden, routing)
+
+
+def wint2_run(device: Device, packed: tuple[PackedWint2, PackedWint2]) -> Prepare:
     return lambda hidden, routing: (
         lambda: launch_moe_wint2(device, hidden, routing.ids_TA, routing.weights_TA, *packed)
     )
@@ -316,10 +332,13 @@ def packed_bytes(packed: PackedWint2) -> int:
 
 
 def wint4_contender(shape: Shape) -> Contender:
-    up_gate, down = random_tiled_layer(shape)
-    size = (up_gate.nbytes + down.nbytes) / shape.num_experts
-    run = lambda x, routing: lambda: moe_tiled(x, routing.ids_TA, routing.weights_TA, up_gate, down)  # noqa: E731
-    return Contender("wint4", size, MAX_INT4_TOKENS, run)
+    layers = [random_tiled_layer(shape) for _ in range(LAYERS)]
+    size = sum(weight.nbytes for weight in layers[0]) / shape.num_experts
+    return Contender("wint4", size, MAX_INT4_TOKENS, in_turn([wint4_run(layer) for layer in layers]))
+
+
+def wint4_run(layer: tuple[TiledWeight, TiledWeight]) -> Prepare:
+    return lambda hidden, routing: lambda: moe_tiled(hidden, routing.ids_TA, routing.weights_TA, *layer)
 
 
 def random_tiled_layer(shape: Shape) -> tuple[TiledWeight, TiledWeight]:
@@ -337,9 +356,9 @@ def random_tiled(num_inputs: int, num_outputs: int, num_experts: int, *, is_gate
 
 def int4_contender(shape: Shape) -> Contender:
     sizes = (shape.hidden, 2 * shape.intermediate), (shape.intermediate, shape.hidden)
-    experts = [tuple(int4(*size) for size in sizes) for _ in range(shape.num_experts)]
+    layers = [[tuple(int4(*size) for size in sizes) for _ in range(shape.num_experts)] for _ in range(LAYERS)]
     size = shape.expert_weights * (0.5 + 4 / 128)
-    return Contender("torch int4", size, MAX_INT4_TOKENS, lambda x, routing: int4_run(experts, x, routing))
+    return Contender("torch int4", size, MAX_INT4_TOKENS, in_turn([partial(int4_run, of) for of in layers]))
 
 
 def int4(num_rows: int, num_columns: int) -> tuple[Tensor, Tensor]:
@@ -365,11 +384,12 @@ def int4_run(experts: Sequence[Int4Expert], hidden: Tensor, routing: Routing) ->
 
 def bfloat_contender(shape: Shape) -> Contender:
     sizes = (shape.hidden, 2 * shape.intermediate), (shape.intermediate, shape.hidden)
-    weights = [
-        torch.randn(shape.num_experts, n, k, device="cuda", dtype=torch.bfloat16) * 0.01 for k, n in sizes
+    layers = [
+        [torch.randn(shape.num_experts, n, k, device="cuda", dtype=torch.bfloat16) * 0.01 for k, n in sizes]
+        for _ in range(LAYERS)
     ]
-    prepare = lambda x, routing: bfloat_run(weights, shape.num_experts, x, routing)  # noqa: E731
-    return Contender("torch bfloat", 2.0 * shape.expert_weights, 2**20, prepare)
+    ways: list[Prepare] = [partial(bfloat_run, weights, shape.num_experts) for weights in layers]
+    return Contender("torch bfloat", 2.0 * shape.expert_weights, 2**20, in_turn(ways))
 
 
 def bfloat_run(

@@ -405,5 +405,5 @@ DEVICE float add_down(float a, float b) {
     return nearest > sum ? std::nextafter(nearest, -INFINITY) : nearest;
 }
 DEVICE int to_int(float x) { return (int)x; }
-DEVICE int nearest_int(float x) { return std::isnan(x) ? 0 : (int)std::nearbyint(std::clamp(x, -2e9f, 2e9f)); }
 DEVICE float larger(float a, float b) { return std::fmax(a, b); }
+DEVICE float smaller(float a, float b) { return std::fmin(a, b); }
