@@ -52,7 +52,7 @@ struct Output {
     const float* expert_weights;  // of token·A + slot
     int channels;
 
-    DEVICE float scale(long pair, int channel) const { return scales ? scales[pair * 32 + channel] : 1.f; }
+    DEVICE float scale(long pair, int channel) const { return scales ? scales[pair * 32 + channel] * LEVEL_UNIT : 1.f; }
 
     // `first_pair` of the block's pairs, `stored_pair` the same with its expert's.
     DEVICE void write(const float* partial, const Rows& rows, const Tile& tile, int first_pair, long stored_pair) const {

@@ -11,7 +11,7 @@ DEVICE void write(u32 low, u32 high, float scale, u16* out, int left) {
         u32 pairs[4];
         decode(low, high, 2 * part, pairs[0], pairs[1]);
         decode(low, high, 2 * part + 1, pairs[2], pairs[3]);
-        for (u32& pair : pairs) pair = scaled(pair, scale);
+        for (u32& pair : pairs) pair = scaled(pair, scale * LEVEL_UNIT);
         ((Words4*)out)[part] = {pairs[0], pairs[1], pairs[2], pairs[3]};
     }
 }
