@@ -95,7 +95,7 @@ PLANTED: dict[str, tuple[Run, str, str, str]] = {
     "values of the wrong rows": (hopper, "warpgroup.cuh", "slice + 2 * t + 8)", "slice + 2 * t)"),
     "decodes left out": (mixture, "attention_decode.cu", "- token != 1) return", "- token == 1) return"),
     "nibbles swapped": (streamed(4), "tiled.cuh", ">> 8 * (index % 2)", ">> 8 * (1 - index % 2)"),
-    "a byte as unsigned": (streamed(8), "tiled.cuh", "(0x1p23f + 128)", "0x1p23f"),
+    "a byte as unsigned": (streamed(8), "tiled.cuh", "0xC000C000u", "0x80008000u"),
     "warps added too early": (streamed(8), "tiled_linear.cu", "    sync_block();\n", ""),
     "another lane's piece": (streamed(8, 20), BATCH, "chunk * 4 + t :", "chunk * 4 + (t ^ 1) :"),
     "rows read too early": (streamed(8, 20), BATCH, "wait_copies<STAGES - 2>", "wait_copies<STAGES - 1>"),
