@@ -3,12 +3,9 @@
 T tokens, K inputs, N outputs.
 """
 
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
 from itertools import product
-from math import ceil
 
-import torch
 from torch import Tensor
 
 from cuda_kernels.build import Variant
@@ -21,59 +18,43 @@ _MAX_STAGES = 4
 _HOPPER_SHARED_BYTES = 232448
 # Microseconds of a wave of blocks by a tile's rows and a block's pairs: 8 bits, K = 8192, an H200.
 _WAVE = {(32, 4): 40, (32, 2): 25, (32, 1): 17, (64, 4): 58, (64, 2): 35, (64, 1): 24}
-_WAVE_INPUTS = 8192
-_MEETING = 4  # microseconds that blocks take to put together what each has of a tile
-_MAX_MEETINGS = 4096
 
 
 @dataclass(frozen=True)
 class BatchTiling:
-    """Rows of a tile, pairs of outputs of a block, stages on their way.
-
-    Either a block has one tile, or blocks, one a multiprocessor, share the K of all tiles evenly.
-    """
+    """Rows of a tile, pairs of outputs of a block, and stages on their way."""
 
     bits: Bits
     rows: int
     pairs: int
     stages: int
-    shares: bool = False
 
     @property
     def warps(self) -> int:
         return 16 if self.rows == 32 else 8
 
     @property
-    def stage_inputs(self) -> int:
-        """K of a stage."""
-        return self.warps // self.pairs * _PART
-
-    @property
     def stage_bytes(self) -> int:
-        return self.rows * self.stage_inputs * 2 + self.warps * 32 * _PART * self.bits // 8
+        x = self.rows * self.warps // self.pairs * _PART * 2
+        return x + self.warps * 32 * _PART * self.bits // 8
 
     @property
     def shared_bytes(self) -> int:
         return max(self.stages * self.stage_bytes, self.warps * self.rows * _SUMS_STRIDE * 4)
 
-    def num_tiles(self, num_rows: int, num_pairs: int) -> int:
-        return -(-num_rows // self.rows) * -(-num_pairs // self.pairs)
-
 
 def choose_batch_tiling(
-    bits: Bits, num_rows: int, num_pairs: int, num_inputs: int, device: Device
+    bits: Bits, num_rows: int, num_pairs: int, num_multiprocessors: int, shared_limit: int
 ) -> BatchTiling | None:
-    """The tiling that takes the least time; None where no two stages fit."""
+    """The tiling whose waves of blocks take the least time; None where no two stages fit."""
     rows = 32 if num_rows <= 32 else 64
-    fitting = [tiling for pairs in (4, 2, 1) if (tiling := _fit(bits, rows, pairs, device.shared_bytes))]
-    sharing = [replace(t, shares=True) for t in fitting if t.num_tiles(num_rows, num_pairs) <= _MAX_MEETINGS]
+    fitting = [tiling for pairs in (4, 2, 1) if (tiling := _fit(bits, rows, pairs, shared_limit))]
 
-    def time(tiling: BatchTiling) -> float:
-        waves = tiling.num_tiles(num_rows, num_pairs) / device.num_multiprocessors
-        of_one = _WAVE[rows, tiling.pairs] * num_inputs / _WAVE_INPUTS
-        return waves * of_one + _MEETING if tiling.shares else ceil(waves) * of_one
+    def time(tiling: BatchTiling) -> int:
+        blocks = -(-num_rows // rows) * -(-num_pairs // tiling.pairs)
+        return -(-blocks // num_multiprocessors) * _WAVE[rows, tiling.pairs]
 
-    return min(fitting + sharing, key=time, default=None)
+    return min(fitting, key=time, default=None)
 
 
 def _fit(bits: Bits, rows: int, pairs: int, shared_limit: int) -> BatchTiling | None:
@@ -88,23 +69,11 @@ def batch_linear(
     device: Device, x_TK: Tensor, weight: TiledWeight, tiling: BatchTiling, y_TN: Tensor
 ) -> None:
     """y = x times the weight, transposed, after SwiGLU if it is gated."""
-    num_tiles = tiling.num_tiles(x_TK.shape[0], weight.num_pairs)
-    blocks, scratch, counters = num_tiles, None, None
-    if tiling.shares:
-        num_stages = num_tiles * -(-weight.num_inputs // tiling.stage_inputs)
-        blocks, counters = min(device.num_multiprocessors, num_stages), _counters(x_TK.device)
-        scratch = x_TK.new_empty((blocks, 2, tiling.pairs, tiling.rows, 32), dtype=torch.float32)
     arguments: list[Argument] = [weight.tiles, weight.scales, weight.num_pairs, weight.num_chunks]
     arguments += [x_TK, weight.num_inputs, x_TK.shape[0], y_TN, weight.num_features]
-    arguments += [num_tiles, scratch, counters]
+    grid = -(-x_TK.shape[0] // tiling.rows), -(-weight.num_pairs // tiling.pairs)
     variant, threads = _variant(tiling, weight.is_gated), 32 * tiling.warps
-    device.launch(variant, "tiled_batch", (blocks, 1), threads, tiling.shared_bytes, arguments, overlaps=True)
-
-
-@cache
-def _counters(where: torch.device) -> Tensor:
-    """Zeros, one for each tile that blocks may meet for, which every launch leaves as zeros."""
-    return torch.zeros(_MAX_MEETINGS, dtype=torch.int32, device=where)
+    device.launch(variant, "tiled_batch", grid, threads, tiling.shared_bytes, arguments, overlaps=True)
 
 
 def batch_linear_variants(bits: Bits) -> list[Variant]:

@@ -73,7 +73,8 @@ def launch_tiled_linear(device: Device, x_TK: Tensor, weight: TiledWeight) -> Te
     y_TN = x_TK.new_empty((num_tokens, weight.num_features))
     if num_tokens == 0:
         return y_TN
-    tiling = choose_batch_tiling(weight.bits, num_tokens, weight.num_pairs, weight.num_inputs, device)
+    resources = device.num_multiprocessors, device.shared_bytes
+    tiling = choose_batch_tiling(weight.bits, num_tokens, weight.num_pairs, *resources)
     if tiling and num_tokens > MAX_FEW_ROWS:
         batch_linear(device, x_TK, weight, tiling, y_TN)
     else:

@@ -1,27 +1,20 @@
 // y = x · Wᵀ with weights of 4, 8 or 16 bits, for more rows than tiled_linear.cu: there every 32 outputs read x anew, here
 // the outputs of a block share it through shared memory.
 //
-// A tile is WARPS_N pairs (of 32 outputs) of ROWS rows. Its K goes in stages, of which STAGES - 1 are on their way:
+// A block computes WARPS_N pairs (of 32 outputs) of one tile of rows. K goes in stages, STAGES - 1 of them on their way:
 //
 //      stage    x        [WARPS_K parts, ROWS, 64 of K], by all threads; a part is 8 pieces of 16 bytes a row, permuted so
 //                        that the lanes' reads meet different banks
 //               weights  [WARPS, chunks of 64 of K], each lane its own
 //      warp     one pair and one part of each stage
 //
-// What lies beyond the end of K is zeros in x. The stages of all tiles, one tile after the other, are shared evenly:
-//
-//      tile     |         0         |         1         |         2         |
-//      block    |     0     |     1     |     2     |     3     |     4     |     0 and 1 meet for tile 0, 1 to 3 for 1
-//
-// or, with as many blocks as tiles, each has one to itself. Sums of a pair's WARPS_K warps meet in shared memory and are
-// added in their order, those of a tile's blocks in global memory, in theirs: a result is the same whoever comes first, and
-// whatever the rows beside it are. It does depend on how many these are, which says where K is cut.
+// What lies beyond the end of K is zeros in x. The sums of a pair's WARPS_K warps meet in shared memory, in the order of
+// the warps: a row's result does not depend on the rows beside it.
 #include "tiled_rows.cuh"
 
 constexpr int PART = 64, CHUNKS = PART / K_CHUNK;   // of K in a part, and the weights' chunks of it
 constexpr int X_BYTES = ROWS * WARPS_K * PART * 2, WEIGHT_BYTES = WARPS * CHUNKS * 1024;
-constexpr int STAGE_K = WARPS_K * PART, STAGE_CHUNKS = WARPS_K * CHUNKS, STAGE_BYTES = X_BYTES + WEIGHT_BYTES;
-constexpr int TILE_SUMS = WARPS_N * ROWS * 32;
+constexpr int STAGE_K = WARPS_K * PART, STAGE_BYTES = X_BYTES + WEIGHT_BYTES;
 constexpr int ROWS_AT_ONCE = THREADS / (8 * WARPS_K);  // of which all threads together copy their pieces
 static_assert(ROWS_AT_ONCE % 4 == 0 && ROWS % ROWS_AT_ONCE == 0, "pieces are permuted alike in every fourth row");
 
@@ -36,16 +29,15 @@ DEVICE int place_of(int row, int piece) {
 struct Copies {
     const u16* x;           // of its first row, in the stage to be copied
     const Words4* weights;
-    int length, rows;       // of all of K; from its first row on
-    int k, end_k;           // where its piece begins, and where the block's stages of the tile end
-    int chunks;             // of the weights until then, from the warp's part of the stage on
+    int k, length, rows;    // where its piece begins; rows from its first one on
+    int chunks;             // of the weights from the warp's part of the stage on
     u32 into, end;          // the stage's place in the ring, and where the ring ends
     u32 to_x, to_weights;   // from there on
 
     DEVICE void next() {
 #pragma unroll
         for (int i = 0; i < ROWS / ROWS_AT_ONCE; ++i) {
-            bool is_live = k < end_k && i * ROWS_AT_ONCE < rows;
+            bool is_live = k < length && i * ROWS_AT_ONCE < rows;
             copy16_or_zeros(into + to_x + i * ROWS_AT_ONCE * PART * 2, x + (long)i * ROWS_AT_ONCE * length, is_live);
         }
 #pragma unroll
@@ -56,8 +48,8 @@ struct Copies {
         commit_copies();
         x += STAGE_K;
         k += STAGE_K;
-        weights += STAGE_CHUNKS * 64;
-        chunks -= STAGE_CHUNKS;
+        weights += WARPS_K * CHUNKS * 64;
+        chunks -= WARPS_K * CHUNKS;
         into = into + STAGE_BYTES == end ? end - STAGES * STAGE_BYTES : into + STAGE_BYTES;
     }
 };
@@ -103,122 +95,35 @@ DEVICE void multiply(Sums& sums, u32 weights, u32 x, int chunk) {
     }
 }
 
-// Shares: equal runs of the stages of all tiles.
-struct Shares {
-    int total, stages;  // of all tiles, of one
-
-    DEVICE int begin(int block) const { return (int)((long)total * block / gridDim.x); }
-    DEVICE int block_of(int stage) const { return (int)(((long)gridDim.x * (stage + 1) - 1) / total); }
-};
-
-// What of a share is of one tile.
-struct Run {
-    int index, stage, count;  // of the tile, of its first stage, of stages
-    int first_pair;
-    Tile tile;
-
-    DEVICE Run(const Shares& shares, int begin, int end, int num_rows) {
-        int row_tiles = (num_rows + ROWS - 1) / ROWS;
-        index = begin / shares.stages, stage = begin % shares.stages;
-        count = smaller(end - begin, shares.stages - stage);
-        first_pair = index / row_tiles * WARPS_N;
-        int first = index % row_tiles * ROWS;
-        tile = {0, first, smaller(ROWS, num_rows - first), 0};
-    }
-};
-
-// Where blocks that have a part of a tile each meet: the last to come adds up what all have left there. A block leaves
-// sums of two tiles at most: of the one that it goes on with, and of the one that others go on with.
-struct Meeting {
-    float* scratch;  // [block, 2, TILE_SUMS]
-    u32* counters;   // of each tile's blocks; zeros, and left as zeros
-
-    DEVICE float* left(int block, int first) const { return scratch + ((long)block * 2 + (block == first)) * TILE_SUMS; }
-
-    // `partial` is this block's sums; then, if it is the last of the tile's blocks, those of all as one part.
-    DEVICE bool is_over(float* partial, const Run& run, const Shares& shares) const {
-        int start = run.index * shares.stages;
-        int first = shares.block_of(start), last = shares.block_of(start + shares.stages - 1);
-        float* mine = left(blockIdx.x, first);
-        for (int i = threadIdx.x; i < TILE_SUMS; i += THREADS) {
-            mine[i] = total(partial, i / 32 / ROWS, i / 32 % ROWS, i % 32, WARPS_K);
-        }
-        sync_block();
-        u32* is_last = (u32*)partial + 32;  // no sum's place: a row has 32 of STRIDE
-        if (threadIdx.x == 0) *is_last = arrive(&counters[run.index]) == (u32)(last - first);
-        sync_block();
-        if (!*is_last) return false;
-        see_arrived();
-        for (int i = threadIdx.x; i < TILE_SUMS; i += THREADS) {
-            float sum = 0;
-            for (int block = first; block <= last; ++block) sum += left(block, first)[i];
-            partial[i / 32 * STRIDE + i % 32] = sum;
-        }
-        if (threadIdx.x == 0) counters[run.index] = 0;
-        sync_block();
-        return true;
-    }
-};
-
-struct Operands {
-    const Words4* weights;
-    const u16* x;
-    int pairs, chunks, length;
-
-    // This thread's, of a run; `shared` is the ring's beginning.
-    DEVICE Copies copies(const Run& run, u32 shared) const {
-        int piece = threadIdx.x % 8, part = threadIdx.x / 8 % WARPS_K, row = threadIdx.x / (8 * WARPS_K);
-        int pair = run.first_pair + my_warp_n(), chunk = run.stage * STAGE_CHUNKS + my_warp_k() * CHUNKS;
-        int k = run.stage * STAGE_K + part * PART + piece * 8, end = run.stage + run.count;
-        int end_chunk = pair < pairs ? smaller(chunks, end * STAGE_CHUNKS) : 0;
-        return {x + (long)(run.tile.first + row) * length + k,
-                weights + ((long)pair * chunks + chunk) * 64 + threadIdx.x % 32,
-                length, run.tile.rows - row, k, smaller(length, end * STAGE_K), end_chunk - chunk,
-                shared, shared + STAGES * STAGE_BYTES,
-                (u32)(part * (ROWS * PART * 2) + place_of(row, piece)), own_weights()};
-    }
-    static DEVICE u32 own_weights() { return X_BYTES + threadIdx.x / 32 * (CHUNKS * 1024) + threadIdx.x % 32 * 16; }
-};
-
-DEVICE void sweep(Sums& sums, Copies copies, u32 ring, int stages) {
+// Block (tile of rows, WARPS_N pairs): the tiles of the same outputs run side by side and find the weights in the L2 cache.
+KERNEL(THREADS, 1) tiled_batch(const Words4* weights, const float* scales, int pairs, int chunks, const u16* x,
+                               int length, int num_rows, void* values, int channels) {
+    DYNAMIC_SHARED(shared);
+    int first_pair = blockIdx.y * WARPS_N, first = blockIdx.x * ROWS, lane = threadIdx.x % 32;
+    Tile tile = {0, first, smaller(ROWS, num_rows - first), 0};
+    int piece = threadIdx.x % 8, part = threadIdx.x / 8 % WARPS_K, row = threadIdx.x / (8 * WARPS_K);
+    int k = part * PART + piece * 8, my_chunks = first_pair + my_warp_n() < pairs ? chunks - my_warp_k() * CHUNKS : 0;
+    u32 ring = shared_address(shared), own_weights = X_BYTES + threadIdx.x / 32 * (CHUNKS * 1024) + lane * 16;
+    Copies copies = {x + (long)(first + row) * length + k,
+                     weights + ((long)(first_pair + my_warp_n()) * chunks + my_warp_k() * CHUNKS) * 64 + lane,
+                     k, length, tile.rows - row, my_chunks, ring, ring + STAGES * STAGE_BYTES,
+                     (u32)(part * (ROWS * PART * 2) + place_of(row, piece)), own_weights};
+    wait_for_earlier_kernels();
+    let_next_kernel_start();
     for (int stage = 0; stage < STAGES - 1; ++stage) copies.next();
-    u32 from = ring, to_part = my_warp_k() * (ROWS * PART * 2);
-    for (; stages > 0; --stages) {
+    Sums sums = {};
+    u32 from = ring;
+    for (int left = chunks; left > 0; left -= CHUNKS * WARPS_K) {
         wait_copies<STAGES - 2>();
         sync_block();
         copies.next();
 #pragma unroll
-        for (int i = 0; i < CHUNKS; ++i) multiply(sums, from + copies.to_weights + i * 1024, from + to_part, i);
+        for (int i = 0; i < CHUNKS; ++i) multiply(sums, from + own_weights + i * 1024, from + my_warp_k() * (ROWS * PART * 2), i);
         from = from + STAGE_BYTES == ring + STAGES * STAGE_BYTES ? ring : from + STAGE_BYTES;
     }
     wait_copies<0>();
     sync_block();
-}
-
-// Block (share). The tiles of the same outputs run side by side and find the weights in the L2 cache.
-KERNEL(THREADS, 1) tiled_batch(const Words4* weights, const float* scales, int pairs, int chunks, const u16* x,
-                               int length, int num_rows, void* values, int channels, int tiles, float* scratch,
-                               u32* counters) {
-    DYNAMIC_SHARED(shared);
-    float* partial = (float*)shared;  // in the ring's place
-    Operands operands = {weights, x, pairs, chunks, length};
-    int stages = (chunks + STAGE_CHUNKS - 1) / STAGE_CHUNKS;
-    Shares shares = {tiles * stages, stages};
-    wait_for_earlier_kernels();
-    let_next_kernel_start();
-    int end = shares.begin(blockIdx.x + 1);
-    for (int begin = shares.begin(blockIdx.x); begin < end;) {
-        Run run(shares, begin, end, num_rows);
-        Sums sums = {};
-        sweep(sums, operands.copies(run, shared_address(shared)), shared_address(shared), run.count);
-        put(sums, partial);
-        sync_block();
-        bool is_whole = run.count == stages;
-        if (is_whole || Meeting{scratch, counters}.is_over(partial, run, shares)) {
-            int parts = is_whole ? WARPS_K : 1;
-            Output{values, scales, 0, channels}.write(partial, {}, run.tile, run.first_pair, run.first_pair, parts);
-        }
-        sync_block();  // before the ring takes the sums' place
-        begin += run.count;
-    }
+    put(sums, (float*)shared);
+    sync_block();
+    Output{values, scales, 0, channels}.write((const float*)shared, {}, tile, first_pair, first_pair);
 }

@@ -40,9 +40,9 @@ DEVICE void put(const Sums& sums, float* partial) {
     }
 }
 
-DEVICE float total(const float* partial, int warp_n, int row, int channel, int parts = WARPS_K) {
+DEVICE float total(const float* partial, int warp_n, int row, int channel) {
     float sum = 0;
-    for (int k = 0; k < parts; ++k) sum += partial[((k * WARPS_N + warp_n) * ROWS + row) * STRIDE + channel];
+    for (int k = 0; k < WARPS_K; ++k) sum += partial[((k * WARPS_N + warp_n) * ROWS + row) * STRIDE + channel];
     return sum;
 }
 
@@ -55,17 +55,16 @@ struct Output {
     DEVICE float scale(long pair, int channel) const { return scales ? scales[pair * 32 + channel] * LEVEL_UNIT : 1.f; }
 
     // `first_pair` of the block's pairs, `stored_pair` the same with its expert's.
-    DEVICE void write(const float* partial, const Rows& rows, const Tile& tile, int first_pair, long stored_pair,
-                      int parts = WARPS_K) const {
+    DEVICE void write(const float* partial, const Rows& rows, const Tile& tile, int first_pair, long stored_pair) const {
         constexpr int WIDTH = OUTPUT == GATED ? 16 : 32;
         for (int i = threadIdx.x; i < tile.rows * WIDTH * WARPS_N; i += THREADS) {
             int channel = i % WIDTH, warp_n = i / WIDTH % WARPS_N, row = i / (WIDTH * WARPS_N);
             int n = (first_pair + warp_n) * WIDTH + channel;
             if (n >= channels) continue;
-            float y = total(partial, warp_n, row, channel, parts) * scale(stored_pair + warp_n, channel);
+            float y = total(partial, warp_n, row, channel) * scale(stored_pair + warp_n, channel);
             long place = rows.output(tile.first + row);
             if (OUTPUT == GATED) {
-                float up = total(partial, warp_n, row, channel + 16, parts) * scale(stored_pair + warp_n, channel + 16);
+                float up = total(partial, warp_n, row, channel + 16) * scale(stored_pair + warp_n, channel + 16);
                 y = y * up / (1.f + fast_exp(-y));
             }
             if (OUTPUT == WEIGHTED) {

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from cuda_kernels import attention_kernels, kv_store, norm, rope, routing, sampling, tiled_batch, tiled_linear
+from cuda_kernels import attention_kernels, kv_store, norm, rope, routing, sampling, tiled_linear
 from cuda_kernels.build import Variant
 from cuda_kernels.launch import Argument, Device, Grid
 from cuda_kernels.moe_wint2 import launch_moe_wint2, moe_wint2
@@ -116,7 +116,6 @@ def tiled_cases() -> list[Case]:
         for num_tokens, is_gated in ((1, False), (9, True), (20, False), (70, True)):
             found.append(linear_case(bits, num_tokens, weight(104, 200, bits, is_gated)))
         found.append(linear_case(bits, 60, weight(72, 200, bits)))
-        found += [shared_case(bits, num_tokens) for num_tokens in (20, 70)]
         found += [experts_case(bits, num_tokens) for num_tokens in (1, 21)]
         found.append(experts_case(bits, 13, hidden=584))  # a ring of weights comes round
     return found + [untile_case(weight(88, 200, bits)) for bits in BITS[:2]]
@@ -129,24 +128,6 @@ def linear_case(bits: Bits, num_tokens: int, packed: TiledWeight) -> Case:
         lambda device, place: tiled_linear.launch_tiled_linear(device, x.to(place), moved(packed, place)),
         lambda: tiled_linear.tiled_linear(x, packed),
     )
-
-
-def shared_case(bits: Bits, num_tokens: int) -> Case:
-    """Blocks that share the K of tiles; twice, with the counters that the first launch left."""
-    packed, x = weight(200, 1416, bits), torch.randn(num_tokens, 1416).bfloat16()
-
-    def launch(device: Device, place: str) -> Tensor:
-        of = tiled_batch.choose_batch_tiling(bits, num_tokens, packed.num_pairs, packed.num_inputs, device)
-        assert of is not None
-        y = torch.empty(2, num_tokens, packed.num_features, dtype=torch.bfloat16, device=place)
-        for out in y:
-            inputs = x.to(place), moved(packed, place)
-            tiled_batch.batch_linear(device, *inputs, replace(of, shares=True), out)
-        return y
-
-    expected = tiled_linear.tiled_linear(x, packed)
-    name = f"shared tiles of {bits} bits, {num_tokens} tokens"
-    return Case(name, launch, lambda: expected.expand(2, -1, -1))
 
 
 def experts_case(bits: Bits, num_tokens: int, hidden: int = 136) -> Case:

@@ -67,9 +67,9 @@ def batch_h(emulator: Emulator, width: int = 5376) -> torch.Tensor:
 
 
 def tiled_y(emulator: Emulator) -> None:
-    """Dense layers of another format, by both kernels, whose sizes are no multiples of a block's."""
+    """A dense layer and experts of other formats, whose sizes are no multiples of a block's."""
     cases = {case.name: case for case in tiled_cases()}
-    for name in ("linear of 8 bits, 1 tokens", "shared tiles of 8 bits, 20 tokens"):
+    for name in ("linear of 8 bits, 20 tokens", "experts of 4 bits, 13 tokens"):
         cases[name].launch(Watched(emulator), "cpu")
 
 

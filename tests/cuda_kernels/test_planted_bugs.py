@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cuda_kernels import attention_kernels, norm, rope, routing, tiled_batch, tiled_linear
+from cuda_kernels import attention_kernels, norm, rope, routing, tiled_linear
 from cuda_kernels.build import SOURCES
 from cuda_kernels.launch import Device
 from cuda_kernels.tiled import Bits, pack_tiled
@@ -56,25 +56,6 @@ def streamed(bits: Bits, num_rows: int = 3, num_inputs: int = 640) -> Run:
     scale = None if bits == 16 else torch.ones(32)
     weight = pack_tiled(levels.bfloat16() if bits == 16 else levels, scale, bits=bits)
     return lambda device: tiled_linear.launch_tiled_linear(device, drawn(num_rows, num_inputs), weight)
-
-
-def shared(num_multiprocessors: int) -> Run:
-    """Three tiles of twelve stages, of its own data, twice; NaN where no block writes."""
-    generator = torch.Generator().manual_seed(num_multiprocessors)
-    levels = torch.randint(-7, 8, (300, 1416), dtype=torch.int8, generator=generator)
-    weight, x = pack_tiled(levels, torch.ones(300), bits=8), drawn(60, 1416)
-
-    def run(device: Device) -> torch.Tensor:
-        assert isinstance(device, Emulator)
-        device = replace(device, num_multiprocessors=num_multiprocessors)
-        y = x.new_full((2, 60, 300), float("nan"))
-        tiling = tiled_batch._fit(8, 64, 4, device.shared_bytes)
-        assert tiling is not None
-        for out in y:
-            tiled_batch.batch_linear(device, x, weight, replace(tiling, shares=True), out)
-        return y
-
-    return run
 
 
 decode, prefill, mixture = attention(((1, 500),)), attention(((70, 90),)), attention(((1, 40), (9, 20)))
@@ -143,28 +124,6 @@ PLANTED: dict[str, tuple[Run, str, str, str]] = {
         "        sync_block();\n        copies",
         "        copies",
     ),
-    "a meeting that ends too early": (shared(7), BATCH, "(u32)(last - first)", "(u32)(last - first - 1)"),
-    "the block before a tile's first": (shared(14), BATCH, "(stage + 1) - 1) / total", "stage) / total"),
-    "counters left as they are": (
-        shared(4),
-        BATCH,
-        "        if (threadIdx.x == 0) counters[run.index] = 0;\n",
-        "",
-    ),
-    "sums of two tiles in one place": (shared(4), BATCH, "(block == first)", "0"),
-    "sums of warps for those of blocks": (shared(4), BATCH, "is_whole ? WARPS_K : 1", "WARPS_K"),
-    "a ring over sums": (
-        shared(1),
-        BATCH,
-        "        sync_block();  // before the ring takes the sums' place\n",
-        "",
-    ),
-    "sums over a ring": (
-        shared(18),
-        BATCH,
-        "    wait_copies<0>();\n    sync_block();\n",
-        "    wait_copies<0>();\n",
-    ),
     "a chunk left out": (
         streamed(16),
         "tiled_linear.cu",
@@ -185,6 +144,5 @@ def test_a_planted_bug_changes_the_result(bug: str, tmp_path: Path, emulator: Em
     # First the bad one: the good one's results may stay in memory that the next run is given.
     bad = run(Emulator(tmp_path, sources=sources, seed=1))
     attention_kernels._counters.cache_clear()  # a bug may leave them dirty
-    tiled_batch._counters.cache_clear()
     good = run(emulator)
     assert not torch.equal(good, bad)

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from cuda_kernels import tiled_linear as op
 from cuda_kernels.tiled import Bits, TiledWeight, pack_tiled, stack_tiled, unpack_tiled
+from cuda_kernels.tiled_batch import choose_batch_tiling
 from tests.cuda_kernels.emulator.emulator import Emulator
 from tests.cuda_kernels.small_cases import Watched
 
@@ -167,3 +168,33 @@ def test_every_launch_has_a_variant_built_ahead() -> None:
                 op.launch_tiled_linear(device, x, packed)
             op.launch_moe_tiled(device, x, ids, torch.zeros(num_tokens, 2), *routed)
     assert {variant for variant, kernel in asked if "tiled" in kernel} <= set(op.variants(8))
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_pairs", "rows", "pairs"),
+    [
+        (32, 320, 32, 4),
+        (32, 256, 32, 2),
+        (32, 80, 32, 1),
+        (64, 320, 64, 4),
+        (64, 256, 64, 2),
+        (64, 112, 64, 1),
+    ],
+)
+def test_a_block_has_as_many_pairs_as_fill_the_gpu(
+    num_rows: int, num_pairs: int, rows: int, pairs: int
+) -> None:
+    tiling = choose_batch_tiling(8, num_rows, num_pairs, 132, 232448)
+    assert tiling is not None
+    assert (tiling.rows, tiling.pairs) == (rows, pairs)
+    assert tiling.shared_bytes <= 232448
+
+
+def test_without_shared_memory_no_rows_are_shared() -> None:
+    assert choose_batch_tiling(16, 64, 100, 100, 49152) is None
+
+
+def test_many_rows_have_the_same_result_beside_others(emulator: Emulator) -> None:
+    packed, x = weight(104, 712, 8), torch.randn(60, 712).bfloat16()
+    together = op.launch_tiled_linear(emulator, x, packed)
+    assert torch.equal(op.launch_tiled_linear(emulator, x[3:40], packed), together[3:40])

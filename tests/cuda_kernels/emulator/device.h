@@ -136,16 +136,12 @@ const char* launch(void (*kernel)(P...), int grid_x, int grid_y, int threads, si
                    void** arguments) {
     gridDim = {grid_x, grid_y};
     *failure = 0;
-    std::vector<Index> blocks;
     for (int y = 0; y < grid_y; ++y) {
-        for (int x = 0; x < grid_x; ++x) blocks.push_back({x, y});
-    }
-    std::mt19937 random(seed);
-    if (seed) std::shuffle(blocks.begin(), blocks.end(), random);
-    for (Index block : blocks) {
-        blockIdx = block;
-        run_cta(threads, shared_bytes, seed, [&] { call(kernel, arguments, std::index_sequence_for<P...>()); });
-        if (*failure) return failure;
+        for (int x = 0; x < grid_x; ++x) {
+            blockIdx = {x, y};
+            run_cta(threads, shared_bytes, seed, [&] { call(kernel, arguments, std::index_sequence_for<P...>()); });
+            if (*failure) return failure;
+        }
     }
     return nullptr;
 }

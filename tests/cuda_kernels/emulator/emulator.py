@@ -24,7 +24,7 @@ class EmulatorError(RuntimeError):
 
 @dataclass
 class Emulator:
-    """A `launch.Device` of a few small multiprocessors; `seed` orders blocks and threads (0: by number)."""
+    """A `launch.Device` of one small multiprocessor or more; `seed` orders the threads (0: by number)."""
 
     folder: Path
     num_multiprocessors: int = 3
