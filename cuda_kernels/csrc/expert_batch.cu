@@ -151,11 +151,11 @@ DEVICE void write_all(const Output& out, const Target* targets, int rows, int pa
                       const float* super_scales) {
     int g = my_lane() / 4, t = my_lane() % 4;
     float scales[2][2] = {{super_scales[g], super_scales[16 + g]}, {super_scales[8 + g], super_scales[24 + g]}};
-    Target target[COLUMNS][2];
+    Target target[COLUMNS][2];  // beyond the last row its own, for nothing
 #pragma unroll
     for (int n = 0; n < COLUMNS; ++n) {
-        target[n][0] = targets[8 * n + 2 * t];
-        target[n][1] = targets[8 * n + 2 * t + 1];
+        target[n][0] = targets[smaller(8 * n + 2 * t, rows - 1)];
+        target[n][1] = targets[smaller(8 * n + 2 * t + 1, rows - 1)];
     }
 #pragma unroll
     for (int n = 0; n < COLUMNS; ++n) {
