@@ -5,7 +5,6 @@ Shapes: T tokens, K inputs, N outputs, D hidden, F intermediate, A experts a tok
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -19,33 +18,23 @@ from cuda_kernels.tiled_batch import batch_linear, batch_linear_variants, choose
 
 _PLAIN, _GATED, _WEIGHTED = 0, 1, 2
 _SUMS_STRIDE = 36
-_CHUNK_BYTES, _STAGES = 1024, 4  # of a pair's weights; chunks in a warp's ring
-_BLOCK_WARPS = 8
 _TOKEN_TILES = (1, 2, 4, 8)  # of eight rows each
 _SHARING_PAIRS = (1, 2, 4)
-_EXPERT_PAIRS = 4  # side by side in a block, where an expert has a tile of 16 or 32 rows
 # Beyond it, a dequantized copy for the matrix library costs less than streaming the weight for every tile.
 MAX_STREAMED_ROWS = 128
 MAX_FEW_ROWS = 16  # beyond it, outputs share x through shared memory
 
 
-@dataclass(frozen=True)
-class Tiling:
-    """A block of `tiled_linear.cu`: its rows in eights, its warps, and the pairs of outputs they share."""
-
-    token_tiles: int
-    warps: int = _BLOCK_WARPS
-    pairs: int = 1
-
-    @property
-    def blocks(self) -> int:
-        """How many a multiprocessor's registers are to hold."""
-        return {1: 4, 2: 3, 4: 2, 8: 1}[self.token_tiles] * _BLOCK_WARPS // self.warps
-
-    @property
-    def shared_bytes(self) -> int:
-        """Of the warps' rings, and then of their sums."""
-        return self.warps * max(_STAGES * _CHUNK_BYTES, 8 * self.token_tiles * _SUMS_STRIDE * 4)
+def stages_and_blocks(bits: Bits, token_tiles: int) -> tuple[int, int]:
+    """Chunks in flight a warp, and blocks of eight warps that a multiprocessor's registers hold."""
+    match token_tiles:
+        case 1:
+            return (3, 3) if bits == 8 else (4, 2)
+        case 2:
+            return 4, 2
+        case 4:
+            return (3, 1) if bits == 4 else (3, 2)
+    return 4, 1
 
 
 def tiled_linear(x_TK: Tensor, weight: TiledWeight) -> Tensor:
@@ -175,23 +164,10 @@ def choose_token_tiles(num_rows: int) -> int:
     return next((tiles for tiles in _TOKEN_TILES if num_rows <= 8 * tiles), _TOKEN_TILES[-1])
 
 
-def choose_tiling(
-    token_tiles: int, num_pairs: int, num_tiles: int, device: Device, *, routed: bool
-) -> Tiling:
-    """The block for so many pairs of outputs and tiles of rows, of a dense layer or of `routed` experts."""
-    widest = Tiling(token_tiles)
-    if token_tiles == _TOKEN_TILES[-1]:
-        return replace(widest, pairs=choose_pairs(num_pairs, num_tiles, device.num_multiprocessors))
-    if routed and token_tiles > 1:
-        return replace(widest, pairs=_EXPERT_PAIRS)
-    blocks = min(widest.blocks, device.shared_bytes // widest.shared_bytes)
-    return replace(widest, warps=choose_warps(num_pairs * num_tiles, blocks, device.num_multiprocessors))
-
-
 def choose_warps(num_blocks: int, blocks: int, num_multiprocessors: int) -> int:
     """Warps of a block: eight, or four where a second wave of large blocks would be short."""
     resident = num_multiprocessors * blocks
-    return _BLOCK_WARPS // 2 if resident < num_blocks <= 3 * resident else _BLOCK_WARPS
+    return 4 if resident < num_blocks <= 3 * resident else 8
 
 
 def choose_pairs(num_pairs: int, num_tiles: int, num_multiprocessors: int) -> int:
@@ -209,19 +185,17 @@ def choose_pairs(num_pairs: int, num_tiles: int, num_multiprocessors: int) -> in
 
 def variants(bits: Bits) -> list[Variant]:
     """Every kernel that these ops may ask for with weights of that many bits."""
-    few = [Tiling(*shape) for shape in product(_TOKEN_TILES[:-1], (_BLOCK_WARPS // 2, _BLOCK_WARPS))]
-    shapes = [*product(few, (_PLAIN, _GATED)), *((tiling, _WEIGHTED) for tiling in few[:2])]
-    side_by_side = [Tiling(tiles, pairs=_EXPERT_PAIRS) for tiles in _TOKEN_TILES[1:-1]]
-    shapes += product(side_by_side, (_GATED, _WEIGHTED))
-    widest = [Tiling(_TOKEN_TILES[-1], pairs=pairs) for pairs in _SHARING_PAIRS]
-    shapes += product(widest, (_PLAIN, _GATED, _WEIGHTED))
+    kinds = _PLAIN, _GATED, _WEIGHTED
+    shapes = [(*shape, 1) for shape in product(_TOKEN_TILES[:-1], kinds, (4, 8))]
+    shapes += product(_TOKEN_TILES[-1:], kinds, (8,), _SHARING_PAIRS)
     untile = [] if bits == 16 else [Variant("untile", (("BITS", bits),))]
     return [_variant(bits, *shape) for shape in shapes] + batch_linear_variants(bits) + untile
 
 
-def _variant(bits: Bits, tiling: Tiling, kind: int) -> Variant:
-    defines = {"BITS": bits, "TOKEN_TILES": tiling.token_tiles, "OUTPUT": kind, "STAGES": _STAGES}
-    defines |= {"WARPS": tiling.warps, "WARPS_N": tiling.pairs, "BLOCKS": tiling.blocks}
+def _variant(bits: Bits, token_tiles: int, kind: int, warps: int, pairs: int) -> Variant:
+    stages, blocks = stages_and_blocks(bits, token_tiles)
+    defines = {"BITS": bits, "TOKEN_TILES": token_tiles, "OUTPUT": kind, "STAGES": stages}
+    defines |= {"WARPS": warps, "WARPS_N": pairs, "BLOCKS": blocks * 8 // warps}
     return Variant("tiled_linear", tuple(defines.items()))
 
 
@@ -238,8 +212,12 @@ def _launch(
 ) -> None:
     arguments: list[Argument] = [weight.tiles, weight.scales, weight.num_pairs, weight.num_chunks]
     arguments += [x, weight.num_inputs, *rows, y, expert_weights, weight.num_features]
-    routed = expert_weights is not None
-    tiling = choose_tiling(token_tiles, weight.num_pairs, num_tiles, device, routed=routed)
-    grid = -(-weight.num_pairs // tiling.pairs), num_tiles
-    variant, threads = _variant(weight.bits, tiling, kind), 32 * tiling.warps
-    device.launch(variant, "tiled_linear", grid, threads, tiling.shared_bytes, arguments, overlaps=True)
+    if token_tiles == _TOKEN_TILES[-1]:
+        warps, pairs = 8, choose_pairs(weight.num_pairs, num_tiles, device.num_multiprocessors)
+    else:
+        _, blocks = stages_and_blocks(weight.bits, token_tiles)
+        warps, pairs = choose_warps(weight.num_pairs * num_tiles, blocks, device.num_multiprocessors), 1
+    grid = -(-weight.num_pairs // pairs), num_tiles
+    shared_bytes = warps * 8 * token_tiles * _SUMS_STRIDE * 4
+    variant = _variant(weight.bits, token_tiles, kind, warps, pairs)
+    device.launch(variant, "tiled_linear", grid, 32 * warps, shared_bytes, arguments, overlaps=True)

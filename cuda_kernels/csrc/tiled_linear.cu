@@ -1,16 +1,9 @@
 // y = x · Wᵀ with weights of 4, 8 or 16 bits streamed once, for few rows of x: dense layers and routed experts.
 //
 // A pair is 32 outputs (two 16-channel tiles, or 16 gates and their 16 ups). A block computes WARPS_N pairs of one tile
-// of rows, side by side so that they find x in the L1 cache; the warps of a pair share K chunk by chunk. Shared memory
-// holds their weights on the way, then their sums:
-//
-//      ring      [WARPS, STAGES chunks, tile 2, lane 32, 16 bytes]     each lane reads what it copied itself: no barrier
-//      partial   [WARPS_K, WARPS_N, ROWS, STRIDE]                      in the ring's place, once nobody reads that
-//
-// Sums are added in the order of the warps: a row's result does not depend on the rows beside it.
+// of rows, side by side so that they find x in the L1 cache; the warps of a pair share K chunk by chunk. Their sums meet
+// in shared memory, in the order of the warps: a row's result does not depend on the rows beside it.
 #include "tiled_rows.cuh"
-
-constexpr int CHUNK_BYTES = 1024;  // of a pair
 
 struct Input {
     const u16* x;
@@ -58,45 +51,38 @@ DEVICE void multiply(Sums& sums, const Words4& tile0, const Words4& tile1, const
 
 DEVICE int my_chunks(int chunks) { return (chunks - my_warp_k() + WARPS_K - 1) / WARPS_K; }
 
-// This warp's chunks, every WARPS_K-th, on their way through its ring: the copies run STAGES - 1 chunks ahead of the
-// arithmetic.
+// This warp's chunks, every WARPS_K-th, STAGES of them in flight.
 struct Stream {
-    const Words4* next;  // this lane's share of the chunk to be copied
-    int left;            // chunks that are not on their way yet
-    u32 ring;            // this lane's share of the first slot
+    const Words4* next;  // this lane's share of the chunk to be loaded
+    int left;            // chunks that are not loaded yet
+    Words4 ring[STAGES][2];
 
-    DEVICE void start(const Words4* weights, int chunks, const u8* shared) {
-        int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-        next = weights + my_warp_k() * 64 + lane;
-        left = my_chunks(chunks);
-        ring = shared_address(shared) + warp * (STAGES * CHUNK_BYTES) + lane * 16;
-        for (int slot = 0; slot < STAGES - 1; ++slot) copy(slot);
-    }
-    // Zeros past the end, so that there is one group of copies a step whatever is left.
-    DEVICE void copy(int slot) {
-        u32 into = ring + slot * CHUNK_BYTES;
-        copy16_or_zeros(into, next, left > 0);
-        copy16_or_zeros(into + CHUNK_BYTES / 2, next + 32, left > 0);
-        commit_copies();
+    DEVICE void load(Words4 (&chunk)[2]) {
+        if (left-- <= 0) return;
+        chunk[0] = load_once16(next);
+        chunk[1] = load_once16(next + 32);
         next += WARPS_K * 64;
-        --left;
+    }
+    DEVICE void start(const Words4* weights, int chunks) {
+        next = weights + my_warp_k() * 64 + threadIdx.x % 32;
+        left = my_chunks(chunks);
+#pragma unroll
+        for (auto& chunk : ring) load(chunk);
     }
 };
 
 DEVICE void sweep(Sums& sums, Stream& stream, const Input& input, int chunks) {
-    int k = my_warp_k() * K_CHUNK + threadIdx.x % 4 * K_LANE;
-    for (int mine = my_chunks(chunks); mine > 0; mine -= STAGES) {
+    int mine = my_chunks(chunks), k = my_warp_k() * K_CHUNK + threadIdx.x % 4 * K_LANE;
+    while (mine > 0) {
 #pragma unroll
-        for (int slot = 0; slot < STAGES; ++slot) {
-            if (slot && mine <= slot) break;
-            wait_copies<STAGES - 2>();
-            stream.copy((slot + STAGES - 1) % STAGES);  // where the chunk before was
-            u32 from = stream.ring + slot * CHUNK_BYTES;
-            multiply(sums, load_shared16(from), load_shared16(from + CHUNK_BYTES / 2), input, k);
+        for (auto& chunk : stream.ring) {
+            if (mine-- <= 0) break;
+            Words4 tile0 = chunk[0], tile1 = chunk[1];
+            stream.load(chunk);
+            multiply(sums, tile0, tile1, input, k);
             k += WARPS_K * K_CHUNK;
         }
     }
-    wait_copies<0>();  // nor do zeros land on the sums
 }
 
 // Block (WARPS_N pairs, tile). `tiles` null: dense, row tiles of `num_rows`.
@@ -116,14 +102,13 @@ KERNEL(THREADS, BLOCKS) tiled_linear(const Words4* weights, const float* scales,
     }
     long stored_pair = (long)tile.expert * pairs + first_pair;
     bool is_real = first_pair + my_warp_n() < pairs;
-    if (is_real) stream.start(weights + (stored_pair + my_warp_n()) * chunks * 64, chunks, shared);
+    if (is_real) stream.start(weights + (stored_pair + my_warp_n()) * chunks * 64, chunks);
     if (!tiles) wait_for_earlier_kernels();  // whose result is x, while the weights are on their way
     let_next_kernel_start();
     Input input = {x, length};
     input.locate(rows, tile);
     Sums sums = {};
     if (is_real) sweep(sums, stream, input, chunks);
-    sync_block();  // the sums take the ring's place
     put(sums, (float*)shared);
     sync_block();
     Output{values, scales, expert_weights, channels}.write((const float*)shared, rows, tile, first_pair, stored_pair);

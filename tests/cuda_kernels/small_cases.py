@@ -117,7 +117,6 @@ def tiled_cases() -> list[Case]:
             found.append(linear_case(bits, num_tokens, weight(104, 200, bits, is_gated)))
         found.append(linear_case(bits, 60, weight(72, 200, bits)))
         found += [experts_case(bits, num_tokens) for num_tokens in (1, 21)]
-        found.append(experts_case(bits, 13, hidden=584))  # a ring of weights comes round
     return found + [untile_case(weight(88, 200, bits)) for bits in BITS[:2]]
 
 
@@ -130,10 +129,10 @@ def linear_case(bits: Bits, num_tokens: int, packed: TiledWeight) -> Case:
     )
 
 
-def experts_case(bits: Bits, num_tokens: int, hidden: int = 136) -> Case:
-    up_gate = stack_tiled([weight(144, hidden, bits, True) for _ in range(4)])
-    down = stack_tiled([weight(hidden, 72, bits) for _ in range(4)])
-    x, shares = torch.randn(num_tokens, hidden).bfloat16(), torch.rand(num_tokens, 2)
+def experts_case(bits: Bits, num_tokens: int) -> Case:
+    up_gate = stack_tiled([weight(144, 136, bits, True) for _ in range(4)])
+    down = stack_tiled([weight(136, 72, bits) for _ in range(4)])
+    x, shares = torch.randn(num_tokens, 136).bfloat16(), torch.rand(num_tokens, 2)
     ids = torch.rand(num_tokens, 4).argsort(1)[:, :2].int().contiguous()
     return Case(
         f"experts of {bits} bits, {num_tokens} tokens",

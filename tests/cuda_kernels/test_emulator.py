@@ -16,17 +16,14 @@ from cuda_kernels.expert_batch import BATCH_ROWS, batch_projection
 from cuda_kernels.expert_gemm import GemmTiling, gemm_projection
 from tests.cuda_kernels.emulator.emulator import HERE, Emulator, EmulatorError
 from tests.cuda_kernels.generators import layer
-from tests.cuda_kernels.small_cases import Watched, tiled_cases
 
 SANITIZER = ("-fsanitize=address",)
 PROGRAM = """
 import sys
 from pathlib import Path
 from tests.cuda_kernels.emulator.emulator import Emulator
-from tests.cuda_kernels.test_emulator import decode_h, tiled_y
-emulator = Emulator(Path(sys.argv[1]), sources=Path(sys.argv[2]), seed=5, flags=tuple(sys.argv[3:]))
-decode_h(emulator)
-tiled_y(emulator)
+from tests.cuda_kernels.test_emulator import decode_h
+decode_h(Emulator(Path(sys.argv[1]), sources=Path(sys.argv[2]), seed=5, flags=tuple(sys.argv[3:])))
 """
 
 
@@ -64,13 +61,6 @@ def batch_h(emulator: Emulator, width: int = 5376) -> torch.Tensor:
     rows = op.sort_rows(emulator, case.expert_ids, 4, BATCH_ROWS)
     batch_projection(emulator, case.up_gate, rows, case.hidden, h_RF, None)
     return h_RF
-
-
-def tiled_y(emulator: Emulator) -> None:
-    """A dense layer and experts of other formats, whose sizes are no multiples of a block's."""
-    cases = {case.name: case for case in tiled_cases()}
-    for name in ("linear of 8 bits, 20 tokens", "experts of 4 bits, 13 tokens"):
-        cases[name].launch(Watched(emulator), "cpu")
 
 
 def planted(folder: Path, libraries: Path, file: str, old: str, new: str) -> Emulator:

@@ -89,7 +89,7 @@ def test_untile(bits: Bits) -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("num_tokens", [1, 15, 40, 300])
+@pytest.mark.parametrize("num_tokens", [1, 40, 300])
 def test_experts(bits: Bits, num_tokens: int) -> None:
     up_gate = stack_tiled([weight(272, 520, bits, True) for _ in range(8)])
     down = stack_tiled([weight(520, 136, bits) for _ in range(8)])
