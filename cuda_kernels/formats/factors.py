@@ -25,8 +25,8 @@ def cholesky(matrix: Tensor) -> Tensor:
 
 
 def inverse_root(matrix: Tensor) -> Tensor:
-    """The upper U of Uᵀ U = `matrix`⁻¹: the inverse of R in R Rᵀ = `matrix`, which is L found from the last row
-    upwards."""
+    """The upper U of Uᵀ U = `matrix`⁻¹: the inverse of R in R Rᵀ = `matrix`, which is L found from the last
+    row upwards."""
     root, one = cholesky(matrix.flip(0, 1)).flip(0, 1), torch.eye(len(matrix), device=matrix.device)
     inverse: Tensor = torch.linalg.solve_triangular(root, one, upper=True)
     return inverse
