@@ -3,7 +3,7 @@
 All lie on the 1/128 grid, where both published roundings and integer arithmetic agree on every code
 (255·scale + zp + 1/2 needs 22 bits). tests/bench/search_codebooks.py finds such a list. Mean squared error of
 N(0, 1) weights, K = 3584, with the first 1, 2, 4, 8, 16, 32, 64 of them, one round of scales: 0.1042, 0.1036,
-0.1031, 0.1027, 0.1025, 0.1024, 0.1022. What a column gains by its choice shrinks as it grows: √K.
+0.1031, 0.1027, 0.1025, 0.1024, 0.1022. A column of K rows gains by its choice as 1/√K.
 """
 
 CODEBOOKS = (
