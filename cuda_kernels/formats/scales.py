@@ -101,7 +101,7 @@ class Fitter:
 
     def promise(self, book: Tensor) -> Tensor:
         """The squared error, f32 [N], of a book's nearest codes under the groups' deviations as scales, were
-        each scale then free: a fifth of a fit's work, and nearly its ranking of books."""
+        each scale then free: a sixth of a trial's work, and nearly its ranking of books."""
         match = self._match(Books(book, self._metric), self._base())
         return (self._energy - match.dot.square() / match.norm.clamp(min=1e-30)).sum(dim=0)
 
