@@ -22,7 +22,7 @@ def main(
     recipe: Annotated[
         Literal["wint2", "faithful"],
         typer.Option(
-            help="faithful: 2-bit experts in 1 of 30 layers, WINT4 in the others; wint2: 2-bit in 22."
+            help="faithful: 2-bit experts in 2 of 30 layers, WINT4 in the others; wint2: 2-bit in 22."
         ),
     ] = "faithful",
     cache: Annotated[
