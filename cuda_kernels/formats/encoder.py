@@ -1,6 +1,7 @@
 """Finds the codes and scales of a WINT2 weight: plain search per column, then feedback and descent under a
 Hessian."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -26,13 +27,20 @@ class Plan:
     rounds: int  # the same afterwards
     descents: int  # passes of coordinate descent after the feedback pass
     mirrors: bool = False  # each codebook negated too, by a negative super scale; not under a Hessian
+    finalists: int | None = None  # so many, the most promising of a column, are tried on it; None: all
 
 
 PLANS: dict[Effort, Plan] = {
     "fast": Plan(num_codebooks=1, settled_codebooks=1, trial_rounds=1, rounds=0, descents=0),
-    "normal": Plan(num_codebooks=4, settled_codebooks=1, trial_rounds=0, rounds=1, descents=2),
+    "normal": Plan(num_codebooks=8, settled_codebooks=1, trial_rounds=0, rounds=1, descents=2, finalists=1),
     "best": Plan(
-        num_codebooks=len(CODEBOOKS), settled_codebooks=8, trial_rounds=1, rounds=4, descents=4, mirrors=True
+        num_codebooks=len(CODEBOOKS),
+        settled_codebooks=8,
+        trial_rounds=1,
+        rounds=4,
+        descents=4,
+        mirrors=True,
+        finalists=4,
     ),
 }
 
@@ -56,7 +64,7 @@ def encode(slots: Tensor, hessian: Tensor | None, effort: Effort) -> Encoding:
     if effort not in PLANS:
         raise FormatError(f"effort: expected one of {', '.join(PLANS)}, got {effort!r}")
     if hessian is None:
-        return _encode(slots, Metric.plain(slots.shape[0], slots.device), None, PLANS[effort])
+        return _encode(slots, Metric.plain(slots.device), None, PLANS[effort])
     hessian = damp(hessian)
     order = _importance_order(hessian)
     curvature = Curvature.of(hessian[order][:, order])
@@ -73,7 +81,7 @@ def encode(slots: Tensor, hessian: Tensor | None, effort: Effort) -> Encoding:
 def rounded(rows: Tensor) -> Tensor:
     """f32 [K, N] as rounding alone would decode them: scales by the groups' deviation, then nearest codes."""
     book = ccq.codebook(*CODEBOOKS[0]).to(rows.device)
-    fit = Fitter(rows, Metric.plain(rows.shape[0], rows.device)).round(book)
+    fit = Fitter(rows, Metric.plain(rows.device)).round(book)
     return decode(book, fit.codes, fit.scales.values)
 
 
@@ -116,16 +124,26 @@ def _encode(rows: Tensor, metric: Metric, curvature: Curvature | None, plan: Pla
 
 def _try_all(fitter: Fitter, books: list[Tensor], begin: Scales, plan: Plan) -> tuple[Tensor, Scales]:
     """For each column the number of its best codebook, int64 [N], and the scales that go with it."""
-    number, scales, least = torch.zeros_like(begin.step), begin, torch.full_like(begin.step, torch.inf)
-    for index, book in enumerate(books):
-        trial = fitter.fit(book, begin, plan.trial_rounds)
-        wins = trial.error < least
-        number, least = torch.where(wins, index, number), torch.where(wins, trial.error, least)
-        scales = Scales(
-            torch.where(wins, trial.scales.local, scales.local),
-            torch.where(wins, trial.scales.step, scales.step),
-        )
-    return number.long(), scales
+    number, least = torch.zeros_like(begin.step).long(), torch.full_like(begin.step, torch.inf)
+    scales = Scales(begin.local.clone(), begin.step.clone())
+    for index, columns in _finals(fitter, books, plan):
+        trial = fitter.columns(columns).fit(books[index], begin.columns(columns), plan.trial_rounds)
+        wins = trial.error < least[columns]
+        won = columns[wins]
+        number[won], least[won] = index, trial.error[wins]
+        scales.local[:, won], scales.step[won] = trial.scales.local[:, wins], trial.scales.step[wins]
+    return number, scales
+
+
+def _finals(fitter: Fitter, books: list[Tensor], plan: Plan) -> Iterator[tuple[int, Tensor]]:
+    """Number after number of the codebooks, and the columns that each is tried on."""
+    if plan.finalists is None or len(books) <= plan.finalists:
+        yield from ((number, fitter.all_columns()) for number in range(len(books)))
+        return
+    promises = torch.stack([fitter.promise(book) for book in books])
+    best = promises.topk(plan.finalists, dim=0, largest=False).indices
+    for number in best.unique().tolist():
+        yield number, (best == number).any(dim=0).nonzero().squeeze(1)
 
 
 def _settle(settler: Settler, plan: Plan) -> Fit:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from cuda_kernels.formats import search
+from cuda_kernels.formats.factors import inverse_root
 from cuda_kernels.formats.layout import GROUP_SIZE
 from cuda_kernels.formats.scales import Metric, Scales, choose_local
 
@@ -26,8 +27,7 @@ def feedback_couplings(hessian: Tensor, block: int = 4) -> Couplings:
     With H⁻¹ = Uᵀ U, an error e in block J costs |U_JJ⁻ᵀ e|² once all later rows answer with -U_J,restᵀ
     U_JJ⁻ᵀ e.
     """
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    upper = torch.linalg.cholesky(inverse, upper=True)
+    upper = inverse_root(hessian)
     factors = torch.linalg.inv(_diagonal(upper, block)).mT.contiguous()
     columns = upper.mT.unflatten(1, (-1, block)).transpose(0, 1)
     return Couplings(-(columns @ factors).transpose(0, 1).flatten(1), Metric(factors))

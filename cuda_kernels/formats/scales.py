@@ -20,23 +20,24 @@ _STEP_FACTORS = torch.linspace(0.85, 2.0, 24).tolist()
 class Metric:
     """How much an error costs: |F_r e|² for the four rows of block r, F_r the same for every column."""
 
-    factors: Tensor  # f32 [K/4, 4, 4]
+    factors: Tensor  # f32 [K/4, 4, 4], or [1, 4, 4] where all blocks share one
 
     @classmethod
-    def plain(cls, num_rows: int, device: torch.device) -> "Metric":
-        return cls(torch.eye(4, device=device).expand(num_rows // 4, 4, 4))
+    def plain(cls, device: torch.device) -> "Metric":
+        return cls(torch.eye(4, device=device).unsqueeze(0))
 
     def map_rows(self, rows: Tensor) -> Tensor:
         """F_r times each block of rows [K, N], as [K/4, 4, N]."""
         return self.factors @ rows.view(-1, 4, rows.shape[1])
 
     def map_book(self, book: Tensor) -> Tensor:
-        """F_r times each code of book [C, 4], as [K/4, C, 4]."""
+        """F_r times each code of book [C, 4], as [K/4, C, 4] or [1, C, 4]."""
         return (book @ self.factors.mT).contiguous()
 
     def group_weight(self) -> Tensor:
-        """What an error of one in every row of a group costs on average, [G, 1]."""
-        return self.factors.square().sum(dim=(1, 2)).view(-1, BLOCKS).sum(dim=1, keepdim=True)
+        """What an error of one in every row of a group costs on average, [G, 1] or [1, 1]."""
+        cost = self.factors.square().sum(dim=(1, 2))
+        return (cost.repeat(BLOCKS) if len(cost) == 1 else cost).view(-1, BLOCKS).sum(dim=1, keepdim=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +80,10 @@ class Fitter:
         """The same for some of the columns."""
         return Fitter(self._rows[:, index], self._metric)
 
+    def all_columns(self) -> Tensor:
+        """Their numbers, int64 [N]."""
+        return torch.arange(self._rows.shape[1], device=self._rows.device)
+
     def start(self, book: Tensor) -> Scales:
         """Scales to begin with: for every group the best of a few, rounded to multiples of a step."""
         base = self._base()
@@ -93,6 +98,12 @@ class Fitter:
         scales = snap(self._base(), torch.ones_like(self._energy))
         match = self._match(Books(book, self._metric), scales.values)
         return Fit(match.index, scales, (match.gain + self._energy).sum(dim=0))
+
+    def promise(self, book: Tensor) -> Tensor:
+        """The squared error, f32 [N], of a book's nearest codes under the groups' deviations as scales, were
+        each scale then free: a sixth of a trial's work, and nearly its ranking of books."""
+        match = self._match(Books(book, self._metric), self._base())
+        return (self._energy - match.dot.square() / match.norm.clamp(min=1e-30)).sum(dim=0)
 
     def _base(self) -> Tensor:
         weight = self._metric.group_weight()
@@ -141,7 +152,7 @@ class Books:
     """A codebook as each block of four rows sees it under a metric."""
 
     def __init__(self, book: Tensor, metric: Metric) -> None:
-        self.mapped = metric.map_book(book)  # f32 [K/4, 256, 4]
+        self.mapped = metric.map_book(book)  # f32 [K/4 or 1, 256, 4]
         self.norms = self.mapped.square().sum(dim=-1)
 
 

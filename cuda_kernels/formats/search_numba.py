@@ -17,11 +17,14 @@ Ints = NDArray[np.int32]
 
 def nearest(targets: Tensor, books: Tensor) -> tuple[Tensor, Tensor]:
     """`search.nearest` for d = 4: f32 [R, 4, N], f32 [1 or R, C, 4] -> int32 [R, N], f32 [R, N]."""
+    shape = targets.shape[0], targets.shape[2]
+    if len(books) == 1 and shape[1] % _LANES:  # rows side by side fill the lanes
+        targets = targets.transpose(0, 1).reshape(1, 4, -1)
     rows, _, columns = targets.shape
     use_threads(rows * columns * books.shape[1])
     index, score = np.empty((rows, columns), np.int32), np.empty((rows, columns), np.float32)
     _nearest(targets.contiguous().numpy(), books.contiguous().numpy(), index, score)
-    return torch.from_numpy(index), torch.from_numpy(score)
+    return torch.from_numpy(index).view(shape), torch.from_numpy(score).view(shape)
 
 
 def sweep(

@@ -8,6 +8,8 @@ their own old weights. Shapes: R rows, K inputs, N outputs.
 import torch
 from torch import Tensor
 
+from cuda_kernels.formats.factors import cholesky
+
 RIDGE = 0.2  # of the mean second moment: how firmly a weight holds to its old value
 
 
@@ -27,12 +29,17 @@ def fit(moment_KK: Tensor, x_RK: Tensor, short_RN: Tensor) -> Tensor:
     agreed, size = 0.0, 0.0
     for (x, short), (other_x, other_short) in zip(halves, reversed(halves), strict=True):
         foretold = other_x @ _solve(moment(x), x, short)
-        agreed += float((foretold * other_short).sum())
-        size += float(foretold.square().sum())
+        agreed += _total(foretold * other_short)
+        size += _total(foretold.square())
     return change_KN * min(1.0, max(0.0, agreed / size if size else 0.0))
 
 
 def _solve(moment_KK: Tensor, x_RK: Tensor, short_RN: Tensor) -> Tensor:
     ridge = RIDGE * moment_KK.diagonal().mean().clamp(min=1e-30)
     damped = moment_KK + ridge * torch.eye(moment_KK.shape[0], device=moment_KK.device)
-    return torch.cholesky_solve(x_RK.T @ short_RN, torch.linalg.cholesky(damped))
+    return torch.cholesky_solve(x_RK.T @ short_RN, cholesky(damped))
+
+
+def _total(square_RN: Tensor) -> float:
+    """The sum, column after column: one over all at once is split by the number of threads."""
+    return float(square_RN.sum(dim=0).sum())

@@ -4,7 +4,7 @@ python -m tests.bench.bench_quality FULL QUANTIZED... --text FILE...
 
 The two baselines quantize the routed experts of FULL and nothing else (scale and zero point per 64 rows; GPTQ
 with the default calibration text). A fact counts where FULL continues its prompt greedily with the answer.
-Recipes were chosen by the first list of facts; the second was never used for a choice.
+Recipes were tried on the first list of facts alone; the demo's was then chosen by both.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Finds the pairs of cuda_kernels/formats/codebooks.py: python -m tests.bench.search_codebooks
 
 Random pairs on the 1/128 grid and walks around the best of them are measured on Gaussian vectors under a few
-scales. Near copies are dropped; what is left is ordered greedily: each pair is the one that helps most beside
-those before it, on independent channels fitted with local scales.
+scales. Near copies are dropped; what is left is ordered greedily: each pair is the one that, mirrored or not,
+promises most beside those before it, on independent channels.
 """
 
 import argparse
@@ -17,7 +17,7 @@ GRID = 128
 LARGEST_CODE = 0x7FFF
 SCALES = (0.0565, 0.0585, 0.0605, 0.0625)
 NUM_VECTORS = 8192
-POOL, COPIES = 200, 0.75  # candidates kept; two that share this part of their points are copies
+POOL, COPIES = 400, 0.75  # candidates kept; two that share this part of their points are copies
 CHANNELS, ROWS = 192, 3584
 
 Pair = tuple[float, float]
@@ -65,9 +65,9 @@ def without_copies(pairs: list[Pair]) -> list[Pair]:
 
 def greedy(pairs: list[Pair], count: int) -> None:
     weight = torch.randn(ROWS, CHANNELS, generator=torch.Generator().manual_seed(1))
-    fitter = Fitter(weight, Metric.plain(ROWS, weight.device))
+    fitter = Fitter(weight, Metric.plain(weight.device))
     books = [ccq.codebook(*pair) for pair in pairs]
-    errors = torch.stack([fitter.fit(b, fitter.start(b), 1).error for b in books]) / ROWS
+    errors = torch.stack([torch.minimum(fitter.promise(b), fitter.promise(-b)) for b in books]) / ROWS
     least = torch.full((CHANNELS,), torch.inf)
     for number in range(1, count + 1):
         index = int(torch.minimum(errors, least).mean(dim=1).argmin())
@@ -78,7 +78,7 @@ def greedy(pairs: list[Pair], count: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=600)
-    parser.add_argument("--count", type=int, default=32)
+    parser.add_argument("--count", type=int, default=64)
     args = parser.parse_args()
     greedy(without_copies(search_pairs(args.seconds)), args.count)
 

@@ -35,7 +35,7 @@ class DemoRecipe:
 # docs/performance.md says what each keeps of the original.
 RECIPES = {
     "wint2": DemoRecipe(Recipe(wint4_end_layer=7, effort="fast"), 12, 512),
-    "faithful": DemoRecipe(Recipe(wint4_end_layer=14, low_end_layer=18, effort="normal"), 256, 32),
+    "faithful": DemoRecipe(Recipe(wint4_end_layer=18, low_end_layer=20, effort="normal"), 256, 32),
 }
 
 
