@@ -1,9 +1,13 @@
-"""Weights of 4, 8 or 16 bits in the order in which csrc/tiled_linear.cu streams them, and back.
+"""Weights of 2, 4, 8 or 16 bits in the order in which csrc/tiled_linear.cu streams them, and back.
 
     tiles   u8 [E, P pairs, C chunks, tile 2, lane 32, 16 bytes]        E experts, or 1
 
 A pair is 32 neighbouring outputs, or 16 gates and the same 16 ups; csrc/tiled.cuh draws a lane's bytes.
-A chunk is 64, 32 or 16 steps of K. Outputs are padded to whole pairs, K to whole chunks, with zero weights.
+A chunk is 128, 64, 32 or 16 steps of K. Outputs are padded to whole pairs, K to whole chunks, with zeros.
+
+Two bits are WINT2T's, of experts. Beside a chunk's tiles lie its channels' local scales and history:
+
+    tiles   u8 [E, P, C, 64 lanes of both tiles, then g 8, 16 bytes]
 """
 
 from __future__ import annotations
@@ -15,10 +19,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Bits = Literal[4, 8, 16]
+from cuda_kernels.formats import wint2t
+from cuda_kernels.formats.layout import GROUP_SIZE
+
+Bits = Literal[2, 4, 8, 16]
 
 TILE = 16  # outputs of one tensor-core tile
 _LANE_BYTES = 16
+_LANES = 64  # of a pair's two tiles
 _NIBBLE_BIAS, _BYTE_BIAS = 8, 128
 
 
@@ -70,15 +78,29 @@ def pack_tiled(
     rows = _to_pairs(padded, is_gated)  # P tile r g K
     lanes = rows.unflatten(-1, (-1, 4, lane_values)).permute(0, 4, 1, 3, 5, 2, 6)  # P C tile g t r k
     tiles = _to_bytes(lanes.contiguous(), bits).flatten(3, 4).flatten(4)
-    scales = None if scale_N is None else _to_pairs(scale_N.float().unsqueeze(1), is_gated).flatten(2)
-    return TiledWeight(
-        tiles.unsqueeze(0),
-        None if scales is None else scales.unsqueeze(0).contiguous(),
-        bits,
-        num_inputs,
-        num_outputs,
-        is_gated,
-    )
+    scales = None if scale_N is None else _pack_scales(scale_N, is_gated)
+    return TiledWeight(tiles.unsqueeze(0), scales, bits, num_inputs, num_outputs, is_gated)
+
+
+def pack_trellis(
+    quant_weight: Tensor,
+    weight_scale: Tensor,
+    super_scales: Tensor,
+    *,
+    num_inputs: int,
+    is_gated: bool = False,
+) -> TiledWeight:
+    """One projection from WINT2T's tensors, whose first `num_inputs` rows, a multiple of 8, are real."""
+    if num_inputs % 8:
+        raise ValueError(f"quant_weight: {num_inputs} inputs, the kernel needs a multiple of 8")
+    codes = _to_pairs(quant_weight.T, is_gated).unflatten(-1, (-1, 4, 2, 4))  # P tile r g C t word byte
+    lanes = codes.flip(-1).permute(0, 4, 1, 3, 5, 2, 6, 7).flatten(2, 4).flatten(3)
+    history = F.pad(codes.flatten(-3)[..., :-1, -2:].flip(-1), (0, 0, 1, 0))  # P tile r g C 2
+    local = _to_pairs(weight_scale.T, is_gated).unsqueeze(-1)
+    beside = F.pad(torch.cat([history, local], dim=-1), (0, 1)).permute(0, 4, 3, 1, 2, 5).flatten(3)
+    tiles = torch.cat([lanes, beside], dim=2).unsqueeze(0)
+    scales = _pack_scales(super_scales, is_gated)
+    return TiledWeight(tiles, scales, 2, num_inputs, quant_weight.shape[1], is_gated)
 
 
 def stack_tiled(weights: list[TiledWeight]) -> TiledWeight:
@@ -91,11 +113,33 @@ def stack_tiled(weights: list[TiledWeight]) -> TiledWeight:
 
 def unpack_tiled(weight: TiledWeight, expert: int = 0) -> Tensor:
     """The expert's weight as float32 [N, K]."""
-    lanes = weight.tiles[expert].unflatten(3, (8, 4)).unflatten(5, (2, -1))  # P C tile g t r bytes
-    values = _from_bytes(lanes, weight.bits).permute(0, 2, 5, 3, 1, 4, 6).flatten(4)  # P tile r g K
+    tiles = weight.tiles[expert]
+    values = _trellis_values(tiles) if weight.bits == 2 else _plain_values(tiles, weight.bits)
     if weight.scales is not None:
         values = values * weight.scales[expert].unflatten(-1, (2, 8)).unsqueeze(-1)
     return _from_pairs(values, weight)[:, : weight.num_inputs]
+
+
+def _plain_values(tiles: Tensor, bits: Bits) -> Tensor:
+    """Levels, or bfloat weights, f32 [P, tile, r, g, K]."""
+    lanes = tiles.unflatten(3, (8, 4)).unflatten(5, (2, -1))  # P C tile g t r bytes
+    return _from_bytes(lanes, bits).permute(0, 2, 5, 3, 1, 4, 6).flatten(4)
+
+
+def _trellis_values(tiles: Tensor) -> Tensor:
+    """Level times local scale, f32 [P, tile, r, g, K]."""
+    lanes = tiles[:, :, :_LANES].unflatten(3, (2, 2, 4)).flip(-1).unflatten(2, (2, 8, 4))
+    codes = lanes.permute(0, 2, 5, 3, 1, 4, 6, 7).flatten(4)  # from P C tile g t r word byte
+    local = tiles[:, :, _LANES:].unflatten(3, (2, 2, 4))[..., 2].permute(0, 3, 4, 2, 1)
+    columns = codes.flatten(0, 3).T, local.flatten(0, 3).T
+    levels, scales = wint2t.unpack(wint2t.Wint2tWeight(*columns, torch.ones(len(columns[0].T))))
+    values = levels.float() * scales.repeat_interleave(GROUP_SIZE, dim=0)
+    columns_of_rows: Tensor = values.T.unflatten(0, codes.shape[:4])
+    return columns_of_rows
+
+
+def _pack_scales(scale_N: Tensor, is_gated: bool) -> Tensor:
+    return _to_pairs(scale_N.float().unsqueeze(1), is_gated).flatten(2).unsqueeze(0).contiguous()
 
 
 def _to_pairs(rows: Tensor, is_gated: bool) -> Tensor:

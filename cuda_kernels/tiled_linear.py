@@ -1,4 +1,4 @@
-"""Op `tiled_linear`: x · Wᵀ with a weight of 4, 8 or 16 bits, alone, with SwiGLU, or as routed experts.
+"""Op `tiled_linear`: x · Wᵀ with a weight of 4, 8 or 16 bits, alone, with SwiGLU, or as experts (2 bits too).
 
 Shapes: T tokens, K inputs, N outputs, D hidden, F intermediate, A experts a token, R = T·A routed rows.
 """
@@ -27,6 +27,8 @@ MAX_FEW_ROWS = 16  # beyond it, outputs share x through shared memory
 
 def stages_and_blocks(bits: Bits, token_tiles: int) -> tuple[int, int]:
     """Chunks in flight a warp, and blocks of eight warps that a multiprocessor's registers hold."""
+    if bits == 2:
+        return (2, 2) if token_tiles <= 2 else (3, 1)
     match token_tiles:
         case 1:
             return (3, 3) if bits == 8 else (4, 2)
@@ -185,11 +187,14 @@ def choose_pairs(num_pairs: int, num_tiles: int, num_multiprocessors: int) -> in
 
 def variants(bits: Bits) -> list[Variant]:
     """Every kernel that these ops may ask for with weights of that many bits."""
-    kinds = _PLAIN, _GATED, _WEIGHTED
+    kinds = (_GATED, _WEIGHTED) if bits == 2 else (_PLAIN, _GATED, _WEIGHTED)
     shapes = [(*shape, 1) for shape in product(_TOKEN_TILES[:-1], kinds, (4, 8))]
     shapes += product(_TOKEN_TILES[-1:], kinds, (8,), _SHARING_PAIRS)
+    streaming = [_variant(bits, *shape) for shape in shapes]
+    if bits == 2:
+        return streaming  # dense layers never have it
     untile = [] if bits == 16 else [Variant("untile", (("BITS", bits),))]
-    return [_variant(bits, *shape) for shape in shapes] + batch_linear_variants(bits) + untile
+    return streaming + batch_linear_variants(bits) + untile
 
 
 def _variant(bits: Bits, token_tiles: int, kind: int, warps: int, pairs: int) -> Variant:

@@ -241,6 +241,7 @@ DEVICE void sync_block() { __syncthreads(); }
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE float shuffle_xor(float x, int lanes) { return __shfl_xor_sync(~0u, x, lanes); }
 DEVICE u32 shuffle_xor(u32 x, int lanes) { return __shfl_xor_sync(~0u, x, lanes); }
+DEVICE u32 shuffle_up(u32 x, int lanes) { return __shfl_up_sync(~0u, x, lanes); }  // the first lanes' is their own
 DEVICE u32 lanes_like_mine(u32 x) { return __match_any_sync(~0u, x); }
 DEVICE u32 largest_in_warp(u32 x) { return __reduce_max_sync(~0u, x); }
 DEVICE int popcount(u32 x) { return __popc(x); }

@@ -1,4 +1,4 @@
-// y = x · Wᵀ with weights of 4, 8 or 16 bits streamed once, for few rows of x: dense layers and routed experts.
+// y = x · Wᵀ with weights of 2, 4, 8 or 16 bits streamed once, for few rows of x: dense layers and routed experts.
 //
 // A pair is 32 outputs (two 16-channel tiles, or 16 gates and their 16 ups). A block computes WARPS_N pairs of one tile
 // of rows, side by side so that they find x in the L1 cache; the warps of a pair share K chunk by chunk. Their sums meet
@@ -16,7 +16,7 @@ struct Input {
             offset[n] = rows.input(tile.first + row) * (length / 8);
         }
     }
-    // Eight (of 16-bit weights: four) values from k on; zeros past the end, where the weights are zeros too.
+    // Eight (of 16-bit weights: four) values from k on; zeros past the end.
     DEVICE Words4 load(int n, int k) const {
         if (k >= length) return {0, 0, 0, 0};
         const u16* place = x + (long)offset[n] * 8 + k;
@@ -25,8 +25,17 @@ struct Input {
     }
 };
 
+struct Chunk {
+    Words4 tile[2], beside;
+};
+
 // One chunk: k_lane is where this lane's values begin.
-DEVICE void multiply(Sums& sums, const Words4& tile0, const Words4& tile1, const Input& input, int k_lane) {
+DEVICE void multiply(Sums& sums, const Chunk& chunk, const Input& input, int k_lane) {
+    const Words4 &tile0 = chunk.tile[0], &tile1 = chunk.tile[1], &beside = chunk.beside;
+    Channel channels[] = {{tile0.x, tile0.y, beside.x},
+                          {tile0.z, tile0.w, beside.y},
+                          {tile1.x, tile1.y, beside.z},
+                          {tile1.z, tile1.w, beside.w}};
 #pragma unroll
     for (int part = 0; part < (MMAS + 1) / 2; ++part) {
         Words4 x[TOKEN_TILES];
@@ -35,10 +44,8 @@ DEVICE void multiply(Sums& sums, const Words4& tile0, const Words4& tile1, const
 #pragma unroll
         for (int index = 2 * part; index < smaller(MMAS, 2 * part + 2); ++index) {
             u32 a[2][4];
-            decode(tile0.x, tile0.y, index, a[0][0], a[0][2]);
-            decode(tile0.z, tile0.w, index, a[0][1], a[0][3]);
-            decode(tile1.x, tile1.y, index, a[1][0], a[1][2]);
-            decode(tile1.z, tile1.w, index, a[1][1], a[1][3]);
+#pragma unroll
+            for (int c = 0; c < 4; ++c) channels[c].pairs(index, a[c / 2][c % 2], a[c / 2][c % 2 + 2]);
 #pragma unroll
             for (int n = 0; n < TOKEN_TILES; ++n) {
                 u32 b0 = index % 2 ? x[n].z : x[n].x, b1 = index % 2 ? x[n].w : x[n].y;
@@ -55,16 +62,18 @@ DEVICE int my_chunks(int chunks) { return (chunks - my_warp_k() + WARPS_K - 1) /
 struct Stream {
     const Words4* next;  // this lane's share of the chunk to be loaded
     int left;            // chunks that are not loaded yet
-    Words4 ring[STAGES][2];
+    Chunk ring[STAGES];
 
-    DEVICE void load(Words4 (&chunk)[2]) {
+    DEVICE void load(Chunk& chunk) {
         if (left-- <= 0) return;
-        chunk[0] = load_once16(next);
-        chunk[1] = load_once16(next + 32);
-        next += WARPS_K * 64;
+        int lane = threadIdx.x % 32;
+        chunk.tile[0] = load_once16(next);
+        chunk.tile[1] = load_once16(next + 32);
+        if (BITS == 2) chunk.beside = load_once16(next + 64 - lane + lane / 4);
+        next += WARPS_K * CHUNK_WORDS;
     }
     DEVICE void start(const Words4* weights, int chunks) {
-        next = weights + my_warp_k() * 64 + threadIdx.x % 32;
+        next = weights + my_warp_k() * CHUNK_WORDS + threadIdx.x % 32;
         left = my_chunks(chunks);
 #pragma unroll
         for (auto& chunk : ring) load(chunk);
@@ -77,9 +86,9 @@ DEVICE void sweep(Sums& sums, Stream& stream, const Input& input, int chunks) {
 #pragma unroll
         for (auto& chunk : stream.ring) {
             if (mine-- <= 0) break;
-            Words4 tile0 = chunk[0], tile1 = chunk[1];
+            Chunk taken = chunk;
             stream.load(chunk);
-            multiply(sums, tile0, tile1, input, k);
+            multiply(sums, taken, input, k);
             k += WARPS_K * K_CHUNK;
         }
     }
@@ -102,7 +111,7 @@ KERNEL(THREADS, BLOCKS) tiled_linear(const Words4* weights, const float* scales,
     }
     long stored_pair = (long)tile.expert * pairs + first_pair;
     bool is_real = first_pair + my_warp_n() < pairs;
-    if (is_real) stream.start(weights + (stored_pair + my_warp_n()) * chunks * 64, chunks);
+    if (is_real) stream.start(weights + (stored_pair + my_warp_n()) * chunks * CHUNK_WORDS, chunks);
     if (!tiles) wait_for_earlier_kernels();  // whose result is x, while the weights are on their way
     let_next_kernel_start();
     Input input = {x, length};

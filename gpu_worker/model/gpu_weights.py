@@ -2,6 +2,7 @@
 
     stored     dense layers         experts
     wint2      (decoded)            PackedWint2
+    wint2t     (decoded)            TiledWeight, 2 bits
     wint4      TiledWeight, 4 bits  TiledWeight, 4 bits
     wint8      TiledWeight, 8 bits  TiledWeight, 8 bits
     bfloat16   plain                TiledWeight, 16 bits
@@ -20,7 +21,7 @@ from cuda_kernels.formats import wint4, wint8
 from cuda_kernels.formats.layout import KOrder
 from cuda_kernels.moe import StreamedExperts
 from cuda_kernels.packing import PackedWint2, pack_wint2
-from cuda_kernels.tiled import TiledWeight, pack_tiled, stack_tiled
+from cuda_kernels.tiled import TiledWeight, pack_tiled, pack_trellis, stack_tiled
 from gpu_worker.model.plan import MLPPlan
 from gpu_worker.model.scratch import apart
 from gpu_worker.model.stored_weight import StoredLinear
@@ -36,7 +37,7 @@ def can_stream(stored: StoredLinear) -> bool:
 def can_stream_experts(experts: Sequence[MLPPlan]) -> bool:
     projections = [projection for expert in experts for projection in (expert.up_gate, expert.down)]
     formats = {p.format for p in projections}
-    return len(formats) == 1 and "wint2t" not in formats and all(map(_is_whole, projections))
+    return len(formats) == 1 and all(map(_is_whole, projections))
 
 
 def stream_linear(stored: StoredLinear, *, is_gated: bool = False) -> TiledWeight:
@@ -65,6 +66,11 @@ def stream_experts(
 
 def _tiled(stored: StoredLinear, is_gated: bool) -> TiledWeight:
     tensors = stored.read()
+    if stored.format == "wint2t":
+        super_scales = tensors.pop("super_scales").to(torch.bfloat16)
+        return pack_trellis(
+            **tensors, super_scales=super_scales, num_inputs=stored.num_inputs, is_gated=is_gated
+        )
     levels, scale = tensors["quant_weight"].view(torch.int8), tensors["weight_scale"]
     if stored.format == "wint4":
         weight_NK = wint4.unpack(levels)[: stored.num_inputs].T

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from cuda_kernels.formats.layout import KOrder
+from cuda_kernels.formats.wint2t import Wint2tWeight
 from cuda_kernels.packing import PackedWint2, pack_wint2
+from cuda_kernels.tiled import TiledWeight, pack_trellis
 
 
 @dataclass(frozen=True)
@@ -76,3 +78,19 @@ def layer(
         packed(num_experts, width, 2 * features, is_gated=True, kind=kind, k_order=k_order),
         packed(num_experts, features, width, is_gated=False, kind=kind, k_order=k_order),
     )
+
+
+def trellis(num_inputs: int, num_outputs: int) -> Wint2tWeight:
+    """A WINT2T weight of any bits; `num_inputs` is padded to whole chunks of K."""
+    rows = -(-num_inputs // 128) * 128
+    return Wint2tWeight(
+        torch.randint(0, 256, (rows // 4, num_outputs), dtype=torch.uint8),
+        torch.randint(0, 256, (rows // 128, num_outputs), dtype=torch.uint8),
+        ((torch.rand(num_outputs) + 0.1) * 1e-3 * num_inputs**-0.5).bfloat16(),
+    )
+
+
+def packed_trellis(num_outputs: int, num_inputs: int, is_gated: bool = False) -> TiledWeight:
+    """The same, packed."""
+    stored = trellis(num_inputs, num_outputs)
+    return pack_trellis(**stored.tensors(), num_inputs=num_inputs, is_gated=is_gated)

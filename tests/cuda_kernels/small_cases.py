@@ -15,7 +15,7 @@ from cuda_kernels.launch import Argument, Device, Grid
 from cuda_kernels.moe_wint2 import launch_moe_wint2, moe_wint2
 from cuda_kernels.tiled import Bits, TiledWeight, pack_tiled, stack_tiled, unpack_tiled
 from tests.cuda_kernels.attention_cases import Lengths, case, expected, store
-from tests.cuda_kernels.generators import Layer, layer
+from tests.cuda_kernels.generators import Layer, layer, packed_trellis
 
 BITS: tuple[Bits, ...] = (4, 8, 16)
 MIXED: Lengths = ((30, 100), (1, 5), (1, 300), (2, 2))
@@ -117,6 +117,7 @@ def tiled_cases() -> list[Case]:
             found.append(linear_case(bits, num_tokens, weight(104, 200, bits, is_gated)))
         found.append(linear_case(bits, 60, weight(72, 200, bits)))
         found += [experts_case(bits, num_tokens) for num_tokens in (1, 21)]
+    found += [experts_case(2, num_tokens) for num_tokens in (1, 21)]
     return found + [untile_case(weight(88, 200, bits)) for bits in BITS[:2]]
 
 
@@ -152,6 +153,8 @@ def untile_case(packed: TiledWeight) -> Case:
 
 
 def weight(num_outputs: int, num_inputs: int, bits: Bits, is_gated: bool = False) -> TiledWeight:
+    if bits == 2:
+        return packed_trellis(num_outputs, num_inputs, is_gated)
     if bits == 16:
         dense = torch.randn(num_outputs, num_inputs) * num_inputs**-0.5
         return pack_tiled(dense.bfloat16(), bits=16, is_gated=is_gated)

@@ -11,6 +11,7 @@ from cuda_kernels import attention_kernels, kv_store, norm, rope, routing, tiled
 from cuda_kernels.launch import cuda_device
 from cuda_kernels.tiled import Bits, TiledWeight, pack_tiled, stack_tiled, unpack_tiled
 from tests.cuda_kernels.attention_cases import Lengths, case, expected
+from tests.cuda_kernels.generators import packed_trellis
 
 pytestmark = pytest.mark.gpu
 
@@ -28,6 +29,8 @@ def to_gpu(weight: TiledWeight) -> TiledWeight:
 
 
 def weight(num_outputs: int, num_inputs: int, bits: Bits, is_gated: bool = False) -> TiledWeight:
+    if bits == 2:
+        return packed_trellis(num_outputs, num_inputs, is_gated)
     if bits == 16:
         dense = torch.randn(num_outputs, num_inputs) * num_inputs**-0.5
         return pack_tiled(dense.bfloat16(), bits=16, is_gated=is_gated)
@@ -88,7 +91,7 @@ def test_untile(bits: Bits) -> None:
     assert torch.equal(out.cpu(), unpack_tiled(packed).bfloat16())
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", [2, *BITS])
 @pytest.mark.parametrize("num_tokens", [1, 40, 300])
 def test_experts(bits: Bits, num_tokens: int) -> None:
     up_gate = stack_tiled([weight(272, 520, bits, True) for _ in range(8)])

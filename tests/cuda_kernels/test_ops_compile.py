@@ -33,7 +33,8 @@ THREADS = {
 def is_tested(variant: Variant) -> bool:
     """Of the streaming kernel each width and tile once: what differs is in the last few lines."""
     defines = dict(variant.defines)
-    is_one_of_many = defines.get("OUTPUT") == defines["BITS"] // 8 and defines.get("WARPS_N") != 2
+    output = 1 if defines["BITS"] == 2 else defines["BITS"] // 8
+    is_one_of_many = defines.get("OUTPUT") == output and defines.get("WARPS_N") != 2
     return variant.stem == "untile" or (is_one_of_many and defines["WARPS"] == 8)
 
 
@@ -44,7 +45,7 @@ def variants() -> list[Variant]:
         for head_dim, dtype in ((64, FORMATS[0]), *product((128,), FORMATS))
         for v in attention_kernels.variants(head_dim, dtype)
     ] + [attention_kernels.variants(head_dim, is_hopper=True)[1] for head_dim in attention_kernels.HEAD_DIMS]
-    widths: tuple[Bits, ...] = (4, 8, 16)
+    widths: tuple[Bits, ...] = (2, 4, 8, 16)
     return small + attention + [v for bits in widths for v in tiled_linear.variants(bits) if is_tested(v)]
 
 

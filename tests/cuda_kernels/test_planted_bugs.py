@@ -14,6 +14,7 @@ from cuda_kernels.launch import Device
 from cuda_kernels.tiled import Bits, pack_tiled
 from tests.cuda_kernels.attention_cases import Lengths, case
 from tests.cuda_kernels.emulator.emulator import Emulator
+from tests.cuda_kernels.generators import packed_trellis
 
 Run = Callable[[Device], torch.Tensor]
 
@@ -55,6 +56,13 @@ def streamed(bits: Bits, num_rows: int = 3) -> Run:
     scale = None if bits == 16 else torch.ones(32)
     weight = pack_tiled(levels.bfloat16() if bits == 16 else levels, scale, bits=bits)
     return lambda device: tiled_linear.launch_tiled_linear(device, drawn(num_rows, 640), weight)
+
+
+def run_trellis(device: Device) -> torch.Tensor:
+    torch.manual_seed(1)
+    up_gate, down = packed_trellis(64, 640, True), packed_trellis(640, 32)
+    ids, weights = torch.zeros(3, 1, dtype=torch.int32), torch.ones(3, 1)
+    return tiled_linear.launch_moe_tiled(device, drawn(3, 640), ids, weights, up_gate, down)
 
 
 decode, prefill, mixture = attention(((1, 500),)), attention(((70, 90),)), attention(((1, 40), (9, 20)))
@@ -105,6 +113,9 @@ PLANTED: dict[str, tuple[Run, str, str, str]] = {
         "        sync_block();\n        copies",
         "        copies",
     ),
+    "history of the wrong lane": (run_trellis, "tiled.cuh", "shuffle_up(high, 1)", "shuffle_up(high, 2)"),
+    "history of no other chunk": (run_trellis, "tiled.cuh", "other : beside;", "other : 0;"),
+    "local scale of the wrong group": (run_trellis, "tiled.cuh", "t < 2 ? 20 : 16", "t < 2 ? 16 : 20"),
     "a chunk left out": (
         streamed(16),
         "tiled_linear.cu",

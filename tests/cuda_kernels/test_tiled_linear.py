@@ -1,13 +1,17 @@
-"""Weights of 4, 8 and 16 bits: packing, and the streaming kernels on the host emulator against the oracle."""
+"""Weights of 2 to 16 bits: packing, and the streaming kernels on the host emulator against the oracle."""
+
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from cuda_kernels import tiled_linear as op
-from cuda_kernels.tiled import Bits, TiledWeight, pack_tiled, stack_tiled, unpack_tiled
+from cuda_kernels.formats import wint2t
+from cuda_kernels.tiled import Bits, TiledWeight, pack_tiled, pack_trellis, stack_tiled, unpack_tiled
 from cuda_kernels.tiled_batch import choose_batch_tiling
 from tests.cuda_kernels.emulator.emulator import Emulator
+from tests.cuda_kernels.generators import packed_trellis, trellis
 from tests.cuda_kernels.small_cases import Watched
 
 BITS: tuple[Bits, ...] = (4, 8, 16)
@@ -92,6 +96,47 @@ def test_experts_agree_with_the_oracle(
     weights = torch.rand(ids.shape)
     out = op.launch_moe_tiled(emulator, hidden, ids, weights, up_gate, down)
     assert relative_error(out, op.moe_tiled(hidden, ids, weights, up_gate, down)) < 3e-3
+
+
+@pytest.mark.parametrize("is_gated", [False, True])
+@pytest.mark.parametrize(("num_outputs", "num_inputs"), [(32, 128), (44, 72), (104, 648)])
+def test_unpacking_a_trellis_gives_the_stored_weight(
+    is_gated: bool, num_outputs: int, num_inputs: int
+) -> None:
+    experts = [trellis(num_inputs, num_outputs) for _ in range(2)]
+    packed = [pack_trellis(**e.tensors(), num_inputs=num_inputs, is_gated=is_gated) for e in experts]
+    together = stack_tiled(packed)
+    for number, expert in enumerate(experts):
+        levels, local = wint2t.unpack(expert)
+        scale = local.repeat_interleave(64, dim=0) * expert.super_scales.float()
+        assert torch.equal(unpack_tiled(together, number), (levels * scale)[:num_inputs].T)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "count", "hidden", "inner"),
+    [(1, 4, 136, 72), (9, 6, 1288, 40), (30, 2, 264, 72), (70, 2, 2184, 136)],
+)
+def test_trellis_experts_agree_with_the_oracle(
+    num_tokens: int, count: int, hidden: int, inner: int, emulator: Emulator
+) -> None:
+    up_gate = stack_tiled([packed_trellis(2 * inner, hidden, True) for _ in range(count)])
+    down = stack_tiled([packed_trellis(hidden, inner) for _ in range(count)])
+    x, ids = torch.randn(num_tokens, hidden).bfloat16(), torch.randint(0, count - 1, (num_tokens, 1)).int()
+    weights = torch.rand(ids.shape)
+    out = op.launch_moe_tiled(emulator, x, ids, weights, up_gate, down)
+    expected = torch.empty(num_tokens, hidden)
+    for row, expert in enumerate(ids.flatten().tolist()):
+        inner = op.swiglu(x[row : row + 1].float() @ as_multiplied(up_gate, expert).T, up_gate)
+        expected[row] = inner.bfloat16().float() @ as_multiplied(down, expert).T * weights[row]
+    assert relative_error(out, expected) < 3e-3
+    assert relative_error(out, op.moe_tiled(x, ids, weights, up_gate, down)) < 6e-3  # exact weights
+
+
+def as_multiplied(weight: TiledWeight, expert: int) -> Tensor:
+    """The expert's weight [N, K] as the kernel rounds it: to bfloat, before its super scale."""
+    plain = unpack_tiled(replace(weight, scales=None), expert)
+    rounding = plain.bfloat16().float() / torch.where(plain == 0, 1.0, plain)
+    return unpack_tiled(weight, expert) * rounding
 
 
 def test_a_row_s_result_does_not_depend_on_its_neighbours(emulator: Emulator) -> None:

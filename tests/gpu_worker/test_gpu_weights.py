@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cuda_kernels import linear
 from cuda_kernels.moe import moe_ffn, pack_experts
-from cuda_kernels.tiled import unpack_tiled
+from cuda_kernels.tiled import TiledWeight, unpack_tiled
 from gpu_worker.layers.ranks import Ranks
 from gpu_worker.model import gpu_weights, loader
 from gpu_worker.model.checkpoint import open_checkpoint
@@ -21,6 +21,8 @@ from gpu_worker.model.loader import LoadFormat
 from gpu_worker.model.plan import ModelPlan, MoEPlan, plan_model
 from gpu_worker.model.sharding import shard_plan
 from gpu_worker.model.stored_weight import StoredLinear
+from gpu_worker.quantizer.recipe import Recipe
+from tests.gpu_worker.quantizer.quantizing import quantize
 from tests.tiny import CONFIG, QUANTIZATION_CONFIG, make_tiny_model
 
 
@@ -60,6 +62,25 @@ def test_experts(plan: ModelPlan) -> None:
         dense = pack_experts([(e.up_gate.dense(), e.down.dense()) for e in moe.experts], 4, 2)
         out, expected = (moe_ffn(hidden, ids, weights, form).float() for form in (streamed, dense))
         assert float((out - expected).norm() / expected.norm()) < 1e-2
+
+
+def test_trellis_experts(tmp_path: Path) -> None:
+    full = make_tiny_model(tmp_path / "full", quantized=False)
+    quantize(full, tmp_path / "out", Recipe(1, low="wint2t", effort="fast", min_rows=16))
+    plan = plan_model(read_model_config(tmp_path / "out"), open_checkpoint(tmp_path / "out"))
+    experts = experts_of(plan)[-1].experts
+    assert {e.up_gate.format for e in experts} == {"wint2t"}
+    assert gpu_weights.can_stream_experts(experts)
+    streamed = gpu_weights.stream_experts(experts, "shuffled", lambda stored: None)
+    for name in ("up_gate", "down"):
+        weight = getattr(streamed, name)
+        assert isinstance(weight, TiledWeight)
+        assert weight.bits == 2
+        for number, expert in enumerate(experts):
+            dense = getattr(expert, name).dense().float()
+            torch.testing.assert_close(
+                unpack_tiled(weight, number), dense, rtol=1e-2, atol=0
+            )  # rounded twice
 
 
 def _stored_bytes(moe: MoEPlan) -> int:

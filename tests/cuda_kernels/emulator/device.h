@@ -219,6 +219,14 @@ inline u32 shuffle(u32 x, int lanes) {
     return out;
 }
 
+inline u32 shuffle_up(u32 x, int lanes) {
+    u32 in[2] = {x, (u32)lanes}, out;
+    meet(in, 2, &out, 1, [](Meeting& m) {
+        for (int i = 0; i < WARP; ++i) m.out[i][0] = m.in[i < (int)m.in[i][1] ? i : i - m.in[i][1]][0];
+    });
+    return out;
+}
+
 }  // namespace emulator
 
 inline emulator::ThreadIndex threadIdx;
@@ -338,6 +346,7 @@ DEVICE void sync_warp() {
     emulator::meet(&none, 0, &none, 0, [](emulator::Meeting&) {});
 }
 DEVICE u32 shuffle_xor(u32 x, int lanes) { return emulator::shuffle(x, lanes); }
+DEVICE u32 shuffle_up(u32 x, int lanes) { return emulator::shuffle_up(x, lanes); }
 DEVICE float shuffle_xor(float x, int lanes) { return bits_float(emulator::shuffle(float_bits(x), lanes)); }
 DEVICE u32 lanes_like_mine(u32 x) {
     u32 out;
